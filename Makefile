@@ -1,0 +1,35 @@
+# `make demo`: set up, prepare data, train, generate, judge, report.   `make test`: set up, lint, test.
+PYTHON ?= python3
+BIN := .venv/bin
+# Without it every process compiles torch, diffusers and lightning anew wherever bytecode writing is off.
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
+
+.PHONY: demo test lint lock clean
+
+demo: .venv/installed
+	$(BIN)/python -m demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "multidiff needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	@echo "Installing about 5 GB of packages into .venv (about a minute) ..."
+	$(UV) --requirements requirements.lock
+	$(UV) --no-deps --editable .
+	touch $@
+
+# Versions are resolved anew within the ranges of pyproject.toml; no download address is recorded.
+lock: .venv/installed
+	$(BIN)/uv pip compile --quiet --universal --all-extras --no-emit-index-url --no-emit-find-links --upgrade \
+		--python-version 3.11 --custom-compile-command 'make lock' pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv dist runs

@@ -1,0 +1,1 @@
+"""The project's own demonstration: real digits, synthetic speech, judges, metrics and the report. Not in the wheel."""

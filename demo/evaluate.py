@@ -1,0 +1,60 @@
+"""`python -m demo.evaluate`: judge a trained digits model and write `metrics.json` and `report.html`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from demo.metrics import bounds, measure, write_metrics
+from demo.page import write_report
+from demo.report import read_scalars
+from multidiff import MultiDiffPipeline
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of a training (runs/demo)")
+    parser.add_argument("--data", type=Path, help="data folder (default: `data` in the output folder)")
+    parser.add_argument("--num", type=int, default=320, help="samples judged in each direction (default: 320)")
+    parser.add_argument("--steps", type=int, help="decoding steps (default: as saved with the model)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance (default: as saved with the model)")
+    parser.add_argument("--seed", type=int, default=0, help="of judges and sampling (default: 0)")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    output: Path = options.output
+    pipeline = MultiDiffPipeline.from_pretrained(output / "model")
+    sampling = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+    metrics, samples = measure(pipeline, options.data or output / "data", num=options.num, **sampling)
+    training = json.loads((output / "model" / "training.json").read_text(encoding="utf-8"))
+    scalars = read_scalars(output / "log")
+    metrics["bound_nats_per_token"] = bounds({tag: points[-1][1] for tag, points in scalars.items()})
+    metrics["train_seconds"] = training["seconds"]
+    metrics["parameters"] = sum(weight.numel() for weight in pipeline.transformer.parameters())
+    metrics["samples_seen"] = training["samples_seen"]
+    commands = output / "commands.txt"
+    write_report(
+        output / "report.html",
+        pipeline,
+        metrics,
+        samples,
+        logs=output / "log",
+        commands=commands.read_text(encoding="utf-8").splitlines() if commands.is_file() else [],
+        settings={
+            "transformer": {key: value for key, value in pipeline.transformer.config.items() if key[0] != "_"},
+            "samplers": {name: sampler.settings for name, sampler in pipeline.samplers.items()},
+            "training": training,
+        },
+        **sampling,
+    )
+    times = output / "times.json"
+    before = sum(json.loads(times.read_text(encoding="utf-8")).values()) if times.is_file() else 0.0
+    metrics["total_seconds"] = round(before + time.monotonic() - start, 1)
+    write_metrics(output / "metrics.json", metrics)
+    print(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    main()

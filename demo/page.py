@@ -1,0 +1,102 @@
+"""The demo's report: samples of the digits model in every direction, how they come about, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from demo.metrics import DIRECTIONS, Sample
+from demo.report import Card, Report, Shown, loss_panels, read_scalars
+from demo.speech import DIGITS
+from demo.strip import watch
+from multidiff import Blank, Given, MultiDiffPipeline
+
+_GALLERIES = {  # direction: title, note, samples of each digit
+    "text_to_image": ("Pictures from words", "Each picture is new; below it the caption that it was made from.", 4),
+    "text_to_audio": ("Speech from words", "Each word is spoken anew; below it the caption that it was made from.", 1),
+    "image_to_text": ("Captions of unseen handwriting", "A picture, and the caption that was written for it.", 1),
+    "audio_to_text": ("Captions of unheard voices", "A spoken word, and the caption that was written for it.", 1),
+    "audio_to_image": ("Pictures from speech", "A spoken word, and the picture that was made of it.", 1),
+    "image_to_audio": ("Speech from pictures", "A picture, and the word that was spoken for it.", 1),
+}
+
+
+def write_report(
+    path: Path,
+    pipeline: MultiDiffPipeline,
+    metrics: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Sample]],
+    *,
+    logs: Path,
+    commands: Sequence[str],
+    settings: Mapping[str, Any],
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        pipeline: the trained model; the denoising strips are made with it here.
+        metrics, samples: as `demo.metrics.measure` returns them; further metrics are shown as well.
+        logs: where TensorBoard's event files of the training lie, at any depth.
+        commands, settings: what reproduces the page.
+        steps, guidance, seed: of the denoising strips.
+    """
+    report = Report(
+        "One model, three modalities",
+        "Handwritten digits, their captions and the spoken word: one masked diffusion transformer, trained from "
+        "scratch, fills in whichever is missing. All that was given here comes from the test split: handwriting and "
+        "voices that it never met in training. Samples are the first of each digit, not the best.",
+    )
+    previews = {name: tokenizer.preview for name, tokenizer in pipeline.tokenizers.items()}
+    for name, (title, note, each) in _GALLERIES.items():
+        cards = _cards(samples[name], *DIRECTIONS[name], previews, each)
+        report.gallery(title, note, cards, cell=12 if "speech" in DIRECTIONS[name] else 5.6)
+    strips = []
+    for name, title in (
+        ("text_to_image", "A picture"),
+        ("text_to_audio", "A sound, drawn as its spectrogram: time runs to the right"),
+        ("image_to_text", "A caption"),
+    ):
+        given, made = DIRECTIONS[name]
+        item = samples[name][seed % len(samples[name])].given
+        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed}
+        strips.append(watch(pipeline, title, Given(given, item), Blank(made), **options))
+    note = "Grey is undecided; the percentage is what is decided. ∎ marks where the model ends a text."
+    report.strips("Filled in step by step", note, strips)
+    report.curves(
+        "Training",
+        "Loss in nats per token, by training step. Training panels are weighted estimates at random noise levels; "
+        "validation panels are bounds: with the other segments given, with them absent, and jointly.",
+        loss_panels(read_scalars(logs)),
+    )
+    report.scores(
+        "Scores",
+        "Test split. Share of items in which the judge finds the right digit: of generated ones, of the real ones, and "
+        "of real ones after the tokenizer's round trip, which is the ceiling. Diversity is the mean distance between "
+        "items of a digit, divided by that of real ones.",
+        metrics,
+    )
+    report.commands("Reproduce it", "The commands in order, and the settings that made this page.", commands, settings)
+    return report.write(path)
+
+
+def _cards(samples: Sequence[Sample], given: str, made: str, previews: Mapping[str, Any], each: int) -> list[Card]:
+    """The first `each` samples of every digit, one row of digits after the other."""
+    of_digit = [[sample for sample in samples if sample.digit == digit][:each] for digit in range(len(DIGITS))]
+    return [_card(sample, given, made, previews) for turn in zip_longest(*of_digit) for sample in turn if sample]
+
+
+def _card(sample: Sample, given: str, made: str, previews: Mapping[str, Any]) -> Card:
+    right = sample.judged == sample.digit
+    verdict = "" if right else f" (judged: {DIGITS[sample.judged] if sample.judged is not None else 'nothing'})"
+    if given == "text":
+        return Card([Shown(sample.made, previews[made])], sample.given + verdict, right)
+    shown = Shown(sample.given, previews[given])
+    if made == "text":
+        return Card([shown], sample.made + verdict, right)
+    return Card([shown, Shown(sample.made, previews[made])], DIGITS[sample.digit] + verdict, right)

@@ -1,0 +1,30 @@
+"""multidiff: one masked diffusion transformer for text, images, audio and whatever a plugin brings.
+
+Names are imported on first use, so `import multidiff` costs nothing.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Blank": "pipeline",
+    "Given": "pipeline",
+    "MaskSampler": "samplers",
+    "MaskedDiffusionTransformer": "transformer",
+    "MultiDiffPipeline": "pipeline",
+    "Partial": "pipeline",
+    "SharedVocabulary": "vocabulary",
+    "Audio": "tokenizer",
+    "Codes": "tokenizer",
+    "ModalityTokenizer": "tokenizer",
+}
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"multidiff.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'multidiff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

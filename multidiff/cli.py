@@ -1,0 +1,112 @@
+"""The `multidiff` command. Looks at its first word before it imports anything heavy.
+
+multidiff fit|validate|test|predict --config configs/digits.yaml     Lightning's CLI: train and evaluate
+multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blanks of a document
+multidiff plugins                                                    tokenizer plugins installed here
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+_TRAINING = {
+    "fit": "train a model or a tokenizer (Lightning CLI)",
+    "validate": "loss on the validation split, in nats per token",
+    "test": "loss on the test split, in nats per token",
+    "predict": "write what the model makes of the data set",
+}
+_HELP = f"""usage: multidiff [--version] COMMAND ...
+
+One masked diffusion transformer for text, images, audio and whatever a plugin brings.
+
+training commands, all with --config FILE.yaml and --print_config:
+  fit        {_TRAINING["fit"]}
+  validate   {_TRAINING["validate"]}
+  test       {_TRAINING["test"]}
+  predict    {_TRAINING["predict"]}
+
+generating:
+  generate   fill in the blanks of a document; presets: generate caption | image | audio
+
+looking around:
+  plugins    list the tokenizer plugins installed here
+
+`multidiff COMMAND --help` explains every option of a command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `multidiff` command; `arguments` default to those of the process."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_HELP)
+    elif command == "--version":
+        print(version("multidiff"))
+    elif command == "generate":
+        from multidiff.generate import main as generate
+
+        generate(arguments[1:])
+    elif command == "plugins":
+        _print_plugins()
+    elif command in _TRAINING:
+        _train(arguments)
+    else:
+        sys.exit(f"multidiff: no command {command!r}; known: {', '.join([*_TRAINING, 'generate', 'plugins'])}")
+
+
+def _train(arguments: list[str]) -> None:
+    from jsonargparse import set_parsing_settings
+    from lightning.pytorch.cli import LightningCLI
+
+    class CLI(LightningCLI):
+        def _parse_ckpt_path(self) -> None:
+            """Configuration and command line win over the hyper-parameters that a checkpoint carries."""
+
+    # Lightning's own, at every start.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+    # Relative interpolation and overrides of an interpolated value work only with both of these.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    try:
+        CLI(
+            args=None if arguments == sys.argv[1:] else arguments,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            # The data module gives every rank its own documents; a second split by Lightning would lose some.
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={"parser_mode": "omegaconf+"},
+        )
+    except (ValueError, ImportError) as error:
+        stop(error)
+
+
+def stop(error: BaseException) -> NoReturn:
+    """End with the message alone where multidiff or a plugin says what is wrong, with the traceback elsewhere.
+
+    What a constructor says reaches the command line wrapped in the argument parser's own errors.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        place = link.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        if place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("multidiff"):
+            sys.exit(f"multidiff: {link}")
+        link = link.__cause__ or link.__context__
+    raise error
+
+
+def _print_plugins() -> None:
+    from multidiff import plugins
+
+    rows = [("NAME", "CLASS", "PACKAGE")]
+    for name, point in plugins.installed().items():
+        rows.append((name, point.value, f"{point.dist.name} {point.dist.version}" if point.dist else "?"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,5 @@
+"""Data: folders a user can write by hand, tokenized once into shards, served as batches."""
+
+from multidiff.data.module import DocumentData
+
+__all__ = ["DocumentData"]

@@ -1,0 +1,188 @@
+"""`DocumentData`: a data folder as batches of documents for training and evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from multidiff import plugins
+from multidiff.data import tokenized
+from multidiff.seeding import generator_for
+from multidiff.sequence import Segment, Sequencer, TokenBatch
+from multidiff.tokenizer import Codes
+from multidiff.vocabulary import SharedVocabulary
+
+
+class DocumentData(LightningDataModule):
+    """Documents of a data folder, tokenized once, in batches of packed rows.
+
+    Args:
+        folder: holds `metadata.jsonl` (`multidiff.data.folder`).
+        tokenizers: name -> {plugin: …, arguments}, as the model has them; in YAML write
+            `${model.init_args.tokenizers}`.
+        batch_size: documents of a batch, on each device.
+        row_length: documents are packed into rows of this many tokens; null gives each a row of its own.
+        slack: largest number of stops, in units (tokens, frames), after a text, a sound or another item of varying
+            length, by tokenizer name; drawn uniformly from 1. What is not named gets a quarter of its length.
+        cache: where codes are kept; null means `.tokenized` in the data folder.
+        on_error: "raise", or "skip" documents that cannot be read and say how many.
+        num_workers: processes that read files and build batches.
+        seed: of order and slack.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        tokenizers: dict[str, dict[str, Any]],
+        batch_size: int = 64,
+        row_length: int | None = 256,
+        slack: dict[str, int] | None = None,
+        cache: str | None = None,
+        on_error: tokenized.OnError = "raise",
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if batch_size < 1 or (row_length is not None and row_length < 1):
+            raise ValueError(f"batch_size {batch_size} and row_length {row_length} must be at least 1")
+        for name, units in (slack or {}).items():
+            if name not in tokenizers or units < 1:
+                raise ValueError(f"slack {name}: {units}: name one of {', '.join(tokenizers)} and at least 1")
+        self.folder = Path(folder)
+        self.batch_size, self.row_length, self.num_workers, self.seed = batch_size, row_length, num_workers, seed
+        self.slack = slack or {}
+        self.cache = Path(cache) if cache else None
+        self.on_error: tokenized.OnError = on_error
+        self.tokenizers = plugins.build(tokenizers)
+        self.vocabulary = SharedVocabulary.of(self.tokenizers)
+        self.sequencer = Sequencer(self.tokenizers, self.vocabulary)
+        self.shards: Path | None = None
+
+    def prepare_data(self) -> None:
+        self._shards()
+
+    def setup(self, stage: str) -> None:
+        self.shards = self._shards()
+
+    def _shards(self) -> Path:
+        return tokenized.shards(
+            self.folder, self.tokenizers, self.vocabulary, self.cache, self.on_error, self.num_workers
+        )
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        documents = self.documents("train")
+        order = ShuffledBatches(len(documents), self.batch_size, self.seed, rank, ranks)
+        return StatefulDataLoader(
+            documents,
+            batch_sampler=order,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        return self._evaluation("test")
+
+    def _evaluation(self, split: str) -> StatefulDataLoader:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        documents = self.documents(split)
+        indices = [(0, index) for index in range(rank, len(documents), ranks)]
+        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        return StatefulDataLoader(
+            documents, batch_sampler=batches, collate_fn=self._collate, num_workers=self.num_workers
+        )
+
+    def documents(self, split: str) -> Documents:
+        """The documents of a split, as segments; (epoch, index) addresses one, the epoch drawing its slack."""
+        place = self.shards or self._shards()
+        return Documents(tokenized.open_split(place, split), self.sequencer, self.slack, self.seed)
+
+    def _collate(self, documents: list[list[Segment]]) -> TokenBatch:
+        return self.sequencer.batch(documents, self.row_length)
+
+
+class Documents(torch.utils.data.Dataset):
+    """Tokenized documents as lists of segments."""
+
+    def __init__(self, rows: Dataset, sequencer: Sequencer, slack: Mapping[str, int], seed: int):
+        self.rows, self.sequencer, self.slack, self.seed = rows, sequencer, slack, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> list[Segment]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[list[Segment]]:
+        columns = self.rows[[index for _, index in keys]]
+        rows = zip(keys, columns["names"], columns["ids"], columns["sizes"], strict=True)
+        return [self._document(generator_for(self.seed, *key), *row) for key, *row in rows]
+
+    def codes(self, index: int) -> list[tuple[str, Codes]]:
+        """The codes of a document, with the names of their tokenizers."""
+        row = self.rows[index]
+        return [self._codes(*part) for part in zip(row["names"], row["ids"], row["sizes"], strict=True)]
+
+    def _codes(self, name: str, ids: list[int], size: str) -> tuple[str, Codes]:
+        canvas = self.sequencer.canvas(name, json.loads(size))
+        return name, Codes(torch.tensor(ids, dtype=torch.int64), canvas.levels_N, canvas.coords_N3, canvas.size)
+
+    def _document(
+        self, generator: torch.Generator, names: list[str], ids: list[list[int]], sizes: list[str]
+    ) -> list[Segment]:
+        segments = []
+        for part in zip(names, ids, sizes, strict=True):
+            name, codes = self._codes(*part)
+            length = next(iter(codes.size.values()), 0)
+            most = self.slack.get(name, max(1, -(-length // 4)))
+            slack = int(torch.randint(1, most + 1, (), generator=generator))
+            segments.append(self.sequencer.given(name, codes, slack))
+        return segments
+
+
+class ShuffledBatches(Sampler[list[tuple[int, int]]]):
+    """(epoch, index) of the documents of each batch: shuffled anew every epoch, split over ranks, resumable.
+
+    What does not fill a batch on every rank is left to other epochs. Its state is two numbers.
+    """
+
+    def __init__(self, documents: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
+        self.documents, self.seed, self.rank, self.ranks = documents, seed, rank, ranks
+        self.batch_size = min(batch_size, max(1, documents // ranks))
+        self.epoch, self.batch = -1, 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return self.documents // (self.batch_size * self.ranks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if self._resumed and self.batch < len(self):
+            self._resumed = False
+        else:
+            self._resumed = False
+            self.epoch, self.batch = self.epoch + 1, 0
+        order = torch.randperm(self.documents, generator=generator_for(self.seed, self.epoch)).tolist()
+        mine = order[self.rank :: self.ranks]
+        while self.batch < len(self):
+            start = self.batch * self.batch_size
+            self.batch += 1
+            yield [(self.epoch, index) for index in mine[start : start + self.batch_size]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self._resumed = True

@@ -1,0 +1,98 @@
+"""Finds tokenizers by entry point `multidiff.tokenizers`; imports one only when it is asked for.
+
+A plugin is a class that some installed distribution names:
+
+    [project.entry-points."multidiff.tokenizers"]
+    midi = "my_package:MidiTokenizer"
+
+First-party tokenizers come through the same door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from multidiff.tokenizer import ModalityTokenizer
+
+GROUP = "multidiff.tokenizers"
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Entry points by plugin name, nothing imported.
+
+    Raises:
+        ValueError: two distributions claim one name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise ValueError(
+                f"two plugins are called {point.name!r}: {_origin(other)} and {_origin(point)}; uninstall one of them"
+            )
+    return dict(sorted(found.items()))
+
+
+def load(name: str) -> type[ModalityTokenizer]:
+    """The class of plugin `name`.
+
+    Raises:
+        ValueError: no such plugin (the message names the nearest), or it is no `ModalityTokenizer`.
+        ImportError: the plugin does not import; the message says which and why.
+    """
+    points = installed()
+    if name not in points:
+        near = get_close_matches(name, points, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(points) or 'none'}"
+        raise ValueError(f"no tokenizer plugin is called {name!r}; {hint} (`multidiff plugins` lists them)")
+    try:
+        cls = points[name].load()
+    except Exception as error:
+        raise ImportError(f"plugin {name!r} ({_origin(points[name])}) does not import: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, ModalityTokenizer)):
+        raise ValueError(f"plugin {name!r} ({_origin(points[name])}) is not a multidiff.ModalityTokenizer")
+    return cls
+
+
+def name_of(tokenizer: ModalityTokenizer) -> str:
+    """The plugin name under which `tokenizer`'s class is installed; `ValueError` when it has none."""
+    package = type(tokenizer).__module__.split(".")[0]
+    for name, point in installed().items():
+        if point.module.split(".")[0] == package and load(name) is type(tokenizer):
+            return name
+    raise ValueError(
+        f"{type(tokenizer).__name__} is not installed as a plugin, so a saved model could not be loaded again; "
+        f"give it an entry point in group {GROUP!r}"
+    )
+
+
+def build(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, ModalityTokenizer]:
+    """Tokenizers from their configuration.
+
+    Args:
+        specs: name -> {"plugin": entry-point name, and either "folder": a saved tokenizer, or the arguments of the
+            class}. The name is the tokenizer's key everywhere.
+    """
+    tokenizers = {}
+    for name, spec in specs.items():
+        arguments = dict(spec)
+        try:
+            cls = load(arguments.pop("plugin"))
+        except KeyError:
+            raise ValueError(f"tokenizer {name!r} names no plugin: write `{name}: {{plugin: …}}`") from None
+        folder = arguments.pop("folder", None)
+        if folder is not None and arguments:
+            raise ValueError(f"tokenizer {name!r}: `folder` holds all its settings; remove {', '.join(arguments)}")
+        try:
+            tokenizers[name] = cls.load(Path(folder)) if folder is not None else cls(**arguments)
+        except TypeError as error:
+            raise ValueError(f"tokenizer {name!r} (plugin {spec['plugin']!r}): {error}") from error
+    return tokenizers
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.value} of {point.dist.name} {point.dist.version}" if point.dist else point.value

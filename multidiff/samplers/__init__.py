@@ -1,0 +1,5 @@
+"""Samplers: which masked positions to decide next, how many, and with which tokens. They know no model."""
+
+from multidiff.samplers.sampler import MaskSampler, SamplerOutput, State
+
+__all__ = ["MaskSampler", "SamplerOutput", "State"]

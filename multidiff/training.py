@@ -1,0 +1,188 @@
+"""The LightningModule: glue between tokenizers, diffusion, transformer and trainer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from multidiff import plugins, saving
+from multidiff.callbacks import progress
+from multidiff.diffusion import (
+    ABSENT,
+    GIVEN,
+    TARGET,
+    Objective,
+    Task,
+    corrupt,
+    corrupt_exactly,
+    draw_levels,
+    draw_roles,
+    queries,
+    weighted_nats,
+)
+from multidiff.seeding import generator_for
+from multidiff.sequence import TokenBatch
+from multidiff.vocabulary import SharedVocabulary
+
+
+class MaskedDiffusionModule(LightningModule):
+    """Trains one transformer over the documents of any set of tokenizers, and measures it in nats per token.
+
+    Args:
+        tokenizers: name -> {plugin: entry-point name, and its arguments or `folder: saved tokenizer`}; the order
+            fixes the vocabulary.
+        transformer: arguments of `MaskedDiffusionTransformer`, all but `vocabulary_rows`.
+        tasks: the task mixture; null trains every segment of every document with one noise level each.
+        objective: schedule, weighting and normalisation of the training loss.
+        optimizer: called with two parameter groups, matrices and the rest; the rest gets no weight decay.
+        warmup_steps: steps of linear warm-up.
+        final_lr: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
+            (`max_steps`, `max_epochs`, `max_time`) is reached.
+        samplers: sampling settings by tokenizer name, used by previews and saved with the model.
+        seed: of weights and noise.
+    """
+
+    def __init__(
+        self,
+        tokenizers: dict[str, dict[str, Any]],
+        transformer: dict[str, Any] | None = None,
+        tasks: list[Task] | None = None,
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 100,
+        final_lr: float = 0.05,
+        samplers: dict[str, dict[str, Any]] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        # Plain values, for the checkpoint: it must load with weights_only=True.
+        self._recipe = {"tokenizers": tokenizers, "transformer": transformer or {}, "samplers": samplers or {}}
+        self.vocabulary = SharedVocabulary.of(plugins.build(tokenizers))
+        config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
+        self.transformer = saving.build_transformer(config, "model.transformer")
+        self.transformer.initialize(generator_for(seed))
+        self.samplers = saving.load_samplers(samplers or {}, self.vocabulary, "model.samplers")
+        self.tasks = tasks or [Task({"others": "target"})]
+        for name in {name for task in self.tasks for name in task.roles} - {"others"}:
+            self.vocabulary.layout(name)
+        self.objective, self.optimizer = objective, optimizer
+        self.warmup_steps, self.final_lr, self.seed = warmup_steps, final_lr, seed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDiffusionModule:
+        """Weight averaging copies the module. A configured optimizer holds what the command line made, live tokenizers
+        and data among it: copies share it."""
+        memo[id(self.optimizer)] = self.optimizer
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def forward(self, batch: TokenBatch, ids_BL: Tensor, asked: Any) -> list[Tensor]:
+        return self.transformer(ids_BL, batch.positions_BL3, batch.document_BL, asked)
+
+    def training_step(self, batch: TokenBatch, batch_index: int) -> Tensor:
+        generator = generator_for(self.seed, self.current_epoch, batch_index, self.global_rank)
+        cpu = batch.to("cpu") if batch.ids_BL.is_cuda else batch
+        role_S, group_S = draw_roles(cpu, self.tasks, self.vocabulary, generator)
+        t_S = draw_levels(role_S, group_S, generator)
+        noise = corrupt(batch, role_S, t_S, self.objective.schedule, generator)
+        asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
+        logits = self(batch, noise.ids_BL, asked)
+        loss, nats_S = self.objective(logits, asked, batch, noise, self._average)
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
+        for name, value in self._per_tokenizer(batch, nats_S, (role_S == TARGET).to(nats_S.device)).items():
+            self.log(f"train/{name}", value[0] / value[1].clamp_min(1), prog_bar=True, batch_size=1)
+        return loss
+
+    def _average(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="mean")  # pyright: ignore[reportReturnType]
+
+    def _per_tokenizer(self, batch: TokenBatch, nats_S: Tensor, where_S: Tensor) -> dict[str, Tensor]:
+        """[nats, tokens] of each tokenizer over the segments of `where_S`."""
+        return {
+            name: torch.stack([nats_S[where].sum(), batch.divisor_S[where].sum().float()])
+            for place, name in enumerate(self.vocabulary.tokenizers)
+            if bool((where := where_S & (batch.tokenizer_S == place)).any())
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
+        """Adds to the bound of each tokenizer, given and alone, and to the joint one."""
+        tokenizers = range(len(self.vocabulary.tokenizers))
+        document_S = batch.document_S
+        for index, other in ((index, other) for index in tokenizers for other in (GIVEN, ABSENT)):
+            mine_S = batch.tokenizer_S == index
+            holds_D = torch.zeros(batch.num_documents, dtype=torch.bool, device=self.device)
+            mixed_D = holds_D.clone()
+            holds_D[document_S[mine_S]] = True
+            mixed_D[document_S[~mine_S]] = True
+            # A document of this tokenizer alone has no others to be given.
+            counts_D = holds_D & mixed_D if other == GIVEN else holds_D
+            role_S = torch.where(mine_S & counts_D[document_S], TARGET, torch.where(mine_S, ABSENT, other))
+            mode = "given" if other == GIVEN else "alone"
+            self._evaluate(batch, role_S, (batch_index, index, other), mode)
+        self._evaluate(batch, torch.full_like(document_S, TARGET), (batch_index, -1, TARGET), "joint")
+
+    def test_step(self, batch: TokenBatch, batch_index: int) -> None:
+        self.validation_step(batch, batch_index)
+
+    def _evaluate(self, batch: TokenBatch, role_S: Tensor, key: tuple[int, ...], mode: str) -> None:
+        if not bool((role_S == TARGET).any()):
+            return
+        noise = corrupt_exactly(batch, role_S, batch.document_S, generator_for(self.seed, *key, self.global_rank))
+        asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
+        nats_S = weighted_nats(self(batch, noise.ids_BL, asked), asked, batch, noise)
+        sums = self._per_tokenizer(batch, nats_S, role_S == TARGET)
+        if mode == "joint":
+            sums = {"joint": torch.stack(list(sums.values())).sum(0)}
+        for name, value in sums.items():
+            label = "joint" if mode == "joint" else f"{name}/{mode}"
+            self._sums[label] = self._sums.get(label, torch.zeros_like(value)) + value
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_bounds("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_bounds("test")
+
+    def _log_bounds(self, stage: str) -> None:
+        labels = [f"{name}/{mode}" for name in self.vocabulary.tokenizers for mode in ("given", "alone")] + ["joint"]
+        for label in labels:  # the same on every rank, whatever its documents held
+            value = self._sums.get(label, torch.zeros(2, device=self.device))
+            nats, tokens = self.trainer.strategy.reduce(value, reduce_op="sum")
+            if tokens:
+                self.log(f"{stage}/{label}", nats / tokens, prog_bar=label == "joint", rank_zero_only=True)
+
+    def configure_optimizers(self) -> Any:
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        matrices = [weight for weight in weights if weight.dim() >= 2]
+        vectors = [weight for weight in weights if weight.dim() < 2]
+        optimizer = self.optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+            cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress(self.trainer, step))).item())
+            return warm * (self.final_lr + (1 - self.final_lr) * cosine)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["multidiff"] = {**self._recipe, "vocabulary": self.vocabulary.to_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = SharedVocabulary.from_dict(checkpoint["multidiff"]["vocabulary"], "the checkpoint")
+        self.vocabulary.check(saved, "the checkpoint")
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and hasattr(data, "vocabulary"):
+            self.vocabulary.check(data.vocabulary, "the data module (data.init_args.tokenizers)")

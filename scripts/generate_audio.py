@@ -1,0 +1,8 @@
+"""`multidiff generate audio` as a script: see `--help`."""
+
+import sys
+
+from multidiff.generate import main
+
+if __name__ == "__main__":
+    main(["audio", *sys.argv[1:]], prog="generate_audio.py")

@@ -1,0 +1,176 @@
+"""The command line: quick help, presets and their general form, errors of one line."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from toys import generator
+
+from multidiff import MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary
+from multidiff.cli import main
+from multidiff_bpe import BPETokenizer
+from multidiff_encodec import EncodecTokenizer
+from multidiff_vq import VQTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tokenizers = {"text": BPETokenizer(), "image": VQTokenizer(), "speech": EncodecTokenizer()}
+    vocabulary = SharedVocabulary.of(tokenizers)
+    transformer = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=32, num_layers=1, num_heads=2)
+    transformer.initialize(generator())
+    samplers = {
+        "text": MaskSampler(canvas={"tokens": 5}, num_inference_steps=3),
+        "image": MaskSampler(num_inference_steps=3),
+        "speech": MaskSampler(canvas={"frames": 8}, num_inference_steps=3),
+    }
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    MultiDiffPipeline(transformer.eval(), vocabulary, tokenizers, samplers).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    Image.new("RGB", (32, 32), "white").save(folder / "a.png")
+    soundfile.write(folder / "b.wav", torch.rand(22050, 2, generator=generator()).numpy() - 0.5, 44100)
+    (folder / "broken.png").write_bytes(b"\x89PNG nothing")
+    (folder / "broken.wav").write_bytes(b"RIFF nothing")
+    soundfile.write(folder / "empty.wav", torch.zeros(0).numpy(), 8000)
+    Image.new("L", (33, 40)).save(folder / "odd.png")
+    (folder / "notes.txt").write_text("seven")
+    return folder
+
+
+def test_help_is_quick():
+    for arguments in (["--help"], ["generate", "--help"], ["generate", "caption", "--help"], ["--version"]):
+        start = time.monotonic()
+        result = subprocess.run([BIN / "multidiff", *arguments], capture_output=True, text=True, check=True)
+        assert result.stdout
+        # Nothing heavy is imported; the bound leaves room for a busy machine.
+        assert time.monotonic() - start < 1.0
+
+
+def test_generating_does_not_import_the_training_stack(model):
+    code = (
+        "import sys; from multidiff.generate import main; "
+        f"main(['caption', '--model', {str(model)!r}, sys.argv[1]]); "
+        "assert 'lightning' not in sys.modules and 'jsonargparse' not in sys.modules"
+    )
+    picture = model.parent / "x.png"
+    Image.new("L", (32, 32)).save(picture)
+    subprocess.run([sys.executable, "-c", code, str(picture)], check=True, capture_output=True)
+
+
+def test_plugins_lists_the_first_party(capsys):
+    main(["plugins"])
+    printed = capsys.readouterr().out
+    for name in ("bpe", "vq", "encodec"):
+        assert any(line.split()[:1] == [name] for line in printed.splitlines())
+
+
+def test_captions(model, files, capsys):
+    main(["generate", "caption", "--model", str(model), str(files / "a.png"), str(files / "b.wav"), "--num", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [
+        str(files / name) for name in ("a.png", "a.png", "b.wav", "b.wav")
+    ]
+
+
+def test_images_from_every_condition(model, files, tmp_path, capsys):
+    conditions = ["--prompt", "one", "--audio", str(files / "b.wav"), "--image", str(files / "a.png")]
+    options = ["--num", "3", "--output", str(tmp_path), "--guidance", "2", "--steps", "2"]
+    main(["generate", "image", "--model", str(model), *conditions, *options])
+    written = capsys.readouterr().out.splitlines()
+    assert [Path(line).name for line in written] == ["image-000.png", "image-001.png", "image-002.png"]
+    for line in written:
+        with Image.open(line) as image:
+            assert image.size == (32, 32)
+
+
+def test_audio_and_seed(model, tmp_path, capsys):
+    sounds = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        main(
+            [
+                "generate",
+                "audio",
+                "--model",
+                str(model),
+                "--prompt",
+                "x",
+                "--seed",
+                seed,
+                "--output",
+                str(tmp_path / name),
+            ]
+        )
+        (path,) = capsys.readouterr().out.splitlines()
+        sounds.append(Path(path).read_bytes())
+    assert sounds[0] == sounds[1]
+    assert sounds[0] != sounds[2]
+
+
+def test_general_form_keeps_the_order_of_segments(model, files, tmp_path, capsys):
+    main(["generate", "--model", str(model), "--fill", "speech:frames=6", "--given", f"image={files / 'a.png'}",
+          "--fill", "text", "--fill", "image:height=16,width=24", "--output", str(tmp_path)])  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(tmp_path / "speech-000.wav")
+    assert lines[-1] == str(tmp_path / "image-000.png")
+    with Image.open(lines[-1]) as image:
+        assert image.size == (24, 16)
+
+
+def test_scripts_are_the_presets(model, files, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    printed = run(ROOT / "scripts/generate_captions.py", "--model", model, files / "a.png")
+    assert printed.startswith(f"{files / 'a.png'}\t")
+    assert "--guidance" in run(ROOT / "scripts/generate_images.py", "--help")
+    assert "--image" in run(ROOT / "scripts/generate_audio.py", "--help")
+
+
+BAD = {
+    "no such.png does not exist|no such.png": ["caption", "no such.png"],
+    r"broken.png": ["caption", "broken.png"],
+    r"broken.wav": ["caption", "broken.wav"],
+    r"empty.wav|empty|no samples": ["caption", "empty.wav"],
+    "notes.txt: its name ends like neither": ["caption", "notes.txt"],
+    "33": ["caption", "odd.png"],
+    "no tokenizer is called 'smell'": ["--fill", "smell"],
+    "nothing to do": [],
+    "no room|larger": ["--fill", "text:tokens=0"],
+    "write sizes as whole numbers": ["--fill", "image:height=big"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_errors_are_short_and_say_what_to_do(model, files, monkeypatch, message):
+    monkeypatch.chdir(files)
+    arguments = BAD[message]
+    preset, rest = (arguments[:1], arguments[1:]) if arguments[:1] == ["caption"] else ([], arguments)
+    with pytest.raises(SystemExit, match=message) as stopped:
+        main(["generate", *preset, "--model", str(model), *rest])
+    assert str(stopped.value).count("\n") <= 1
+
+
+def test_a_prompt_longer_than_its_canvas_is_refused(model):
+    with pytest.raises(SystemExit, match="takes 6 tokens, but this model's texts have at most 4"):
+        main(["generate", "image", "--model", str(model), "--prompt", "sevens"])
+
+
+def test_unknown_command():
+    with pytest.raises(SystemExit, match="no command 'train'; known: fit"):
+        main(["train"])
+    with pytest.raises(SystemExit, match="does not exist"):
+        main(["generate", "caption", "--model", "nowhere", "a.png"])

@@ -1,0 +1,52 @@
+"""Every shipped YAML parses, and trains a step on a few items."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from multidiff.cli import main
+from multidiff_bpe import BPETokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w") as file:
+        for index in range(48):
+            Image.fromarray(random.integers(0, 255, (32, 32), dtype=np.uint8)).save(folder / f"{index}.png")
+            soundfile.write(folder / f"{index}.wav", random.uniform(-0.5, 0.5, 6000).astype(np.float32), 8000)
+            segments = [{"text": f"number {index}"}, {"image": f"{index}.png"}, {"speech": f"{index}.wav"}]
+            file.write(json.dumps({"split": ("train", "validation")[index % 6 == 0], "segments": segments}) + "\n")
+    return folder
+
+
+def test_there_are_configs():
+    assert {path.name for path in CONFIGS} >= {"digits.yaml"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_parses(path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert stopped.value.code == 0
+    assert "class_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_trains_a_step(path, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    BPETokenizer.train(["number 1 2 3 4"] * 3, 270).save(tmp_path)
+    arguments = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    arguments += ["--data.init_args.folder", str(data)]
+    if path.name == "digits.yaml":
+        arguments += ["--model.init_args.tokenizers.text", json.dumps({"plugin": "bpe", "folder": str(tmp_path)})]
+    main(["fit", "--config", str(path), *arguments])
+    assert list(tmp_path.rglob("*.safetensors"))

@@ -1,0 +1,41 @@
+"""A miniature of the whole demo: the same commands on sixty documents and a few seconds of training."""
+
+import json
+
+import pytest
+
+from demo.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    main(["--output", str(folder), "--documents", "120", "--minutes", "0.05", "--num", "4"])
+    return folder
+
+
+def test_report_and_metrics(demo, capsys):
+    metrics = json.loads((demo / "metrics.json").read_text())
+    for direction in (
+        "image_to_text", "audio_to_text", "text_to_image", "audio_to_image", "text_to_audio", "image_to_audio",
+    ):  # fmt: skip
+        assert set(metrics[direction]) == {"score", "real", "reconstruction", "n"}
+        assert 0 <= metrics[direction]["score"] <= 1
+        assert metrics[direction]["n"] >= 1
+    assert set(metrics["diversity"]) == {"image", "audio"}
+    assert set(metrics["bound_nats_per_token"]) == {"text", "image", "speech", "joint"}
+    for key in ("train_seconds", "total_seconds", "parameters", "samples_seen"):
+        assert metrics[key] > 0
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    assert "<audio" in page
+    assert "<img" in page
+    assert "multidiff fit" in page
+    for reference in ('src="http', 'href="http', "url(http"):
+        assert reference not in page
+
+
+def test_finished_stages_are_not_done_again(demo, capfd):
+    before = (demo / "metrics.json").stat().st_mtime_ns
+    main(["--output", str(demo), "--documents", "120", "--minutes", "0.05", "--num", "4"])
+    assert (demo / "metrics.json").stat().st_mtime_ns == before
+    assert capfd.readouterr().out.count("done before") == 5

@@ -1,0 +1,125 @@
+"""The digits folder: real files, fixed splits, voices apart, whole or not there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from demo.digits import KINDS, MNIST, captions, digit_of, prepare, split_of
+from demo.judges import digit_named
+from multidiff.data.folder import read_metadata
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare_digits.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("digits") / "data", num=200, progress=False)
+
+
+def test_a_document_is_about_one_digit(folder):
+    for record in read_metadata(folder):
+        digits = {digit_named(value) if name == "text" else digit_of(value) for name, value in record.segments}
+        assert len(digits) == 1
+        assert None not in digits
+        assert len(dict(record.segments)) == len(record.segments) >= 2
+
+
+def test_every_kind_and_order_occurs(folder):
+    kinds = {tuple(name for name, _ in record.segments) for record in read_metadata(folder)}
+    assert {frozenset(kind) for kind in kinds} == set(map(frozenset, KINDS))
+    assert len(kinds) == 2 + 2 + 2 + 6
+
+
+def test_splits_are_the_permutation(folder):
+    order = np.random.default_rng(0).permutation(10_000)[:200]
+    records = read_metadata(folder)
+    assert [record.split for record in records] == ["train"] * 160 + ["validation"] * 20 + ["test"] * 20
+    with np.load(MNIST) as mnist:
+        pictures, labels = mnist["x"][order], mnist["y"][order]
+    for picture, label, record in zip(pictures, labels, records, strict=True):
+        segments = dict(record.segments)
+        if "image" in segments:
+            assert np.array_equal(np.asarray(Image.open(folder / segments["image"])), np.pad(picture, 2))
+            assert digit_of(segments["image"]) == label
+
+
+def test_voices_are_of_one_split(folder):
+    voices = {}
+    for record in read_metadata(folder):
+        for name, value in record.segments:
+            if name == "speech":
+                voices.setdefault(record.split, set()).add(value.split("+")[1].split("-")[0])
+                waveform, rate = soundfile.read(folder / value)
+                assert rate == 16_000
+                assert waveform.ndim == 1
+                assert 0.08 < len(waveform) / rate < 1.5
+                assert 0.1 < np.abs(waveform).max() <= 1
+    assert not voices["train"] & (voices["validation"] | voices["test"])
+    assert not voices["validation"] & voices["test"]
+
+
+def test_made_once_unless_forced_or_changed(folder):
+    before = (folder / "metadata.jsonl").stat()
+    prepare(folder, num=200, progress=False)
+    assert (folder / "metadata.jsonl").stat() == before
+    text = (folder / "metadata.jsonl").read_text()
+    prepare(folder, num=200, force=True, progress=False)
+    assert (folder / "metadata.jsonl").stat().st_ino != before.st_ino
+    assert (folder / "metadata.jsonl").read_text() == text
+
+
+def test_an_interrupted_run_is_begun_anew(tmp_path):
+    (tmp_path / "data.partial" / "images").mkdir(parents=True)
+    (tmp_path / "data.partial" / "images" / "seven-1.png").write_bytes(b"half")
+    prepare(tmp_path / "data", num=20, seed=1, progress=False)
+    assert not (tmp_path / "data.partial").exists()
+    assert not (tmp_path / "data" / "images" / "seven-1.png").exists()
+    assert len(read_metadata(tmp_path / "data")) == 20
+    prepare(tmp_path / "data", num=30, seed=1, progress=False)
+    assert json.loads((tmp_path / "data" / "prepared.json").read_text())["num"] == 30
+    assert len(read_metadata(tmp_path / "data")) == 30
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="holds something else"):
+        prepare(tmp_path, num=20, force=True)
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("num", [0, 19, 10_001])
+def test_an_impossible_number_is_named(tmp_path, num):
+    with pytest.raises(ValueError, match=f"--num must be 20 to 10000, got {num}"):
+        prepare(tmp_path / "data", num=num)
+    assert not list(tmp_path.iterdir())
+
+
+def test_script_ends_with_the_message_alone(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "data"), "--num", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "prepare_digits.py: --num must be 20 to 10000, got 5"
+
+
+@settings(deadline=None)
+@given(st.integers(0, 9), st.sampled_from(list(KINDS)))
+def test_captions_name_their_digit(digit, kind):
+    texts = captions(digit, kind)
+    assert len(set(texts)) == len(texts) >= 6
+    assert {digit_named(text) for text in texts} == {digit}
+
+
+@settings(deadline=None)
+@given(st.integers(20, 10_000))
+def test_no_split_is_empty(num):
+    splits = [split_of(num, index) for index in range(num)]
+    assert set(splits) == {"train", "validation", "test"}
+    assert splits == sorted(splits, key=["train", "validation", "test"].index)

@@ -1,0 +1,228 @@
+"""What is shipped: the wheel in an environment of its own, a third party's plugin beside it, and the imports."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "tests" / "plugin_example"
+SHIPPED = {
+    "multidiff": ROOT / "multidiff",
+    **{name: ROOT / "tokenizers" / name for name in ("multidiff_bpe", "multidiff_encodec", "multidiff_vq")},
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def uv(*arguments):
+    """uv from its cache alone, so that tests pass without a network; with one where the cache is cold."""
+    command = [sys.executable, "-m", "uv", "--quiet", *map(str, arguments)]
+    if subprocess.run([*command, "--offline"], capture_output=True).returncode:
+        subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    uv("build", "--wheel", "--out-dir", folder, ROOT)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """The `bin` of a fresh environment with the wheel and the example plugin.
+
+    The packages they depend on come from the environment of the tests: its folder stands behind the fresh one's on the
+    path, where its .pth files, and so the checkout installed for editing, do not count.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    bin = folder / ("Scripts" if os.name == "nt" else "bin")
+    uv("venv", "--python", sys.executable, folder)
+    uv("pip", "install", "--no-deps", "--compile-bytecode", "--python", bin / "python", wheel, PLUGIN)
+    (packages,) = folder.rglob("site-packages")
+    (packages / "behind.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    return bin
+
+
+def run(*command, cwd):
+    """Output of a command that knows nothing of the checkout."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True)
+    assert not result.returncode, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel):
+    expected = {
+        f"{name}/{file.relative_to(folder).as_posix()}"
+        for name, folder in SHIPPED.items()
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".pyc"
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        (entry_points,) = (name for name in sizes if name.endswith("dist-info/entry_points.txt"))
+        declared = archive.read(entry_points).decode()
+    inside = {name for name in sizes if ".dist-info/" not in name}
+    assert inside == expected
+    assert any(name.endswith("licenses/LICENSE") for name in sizes)
+    for name, value in PROJECT["entry-points"]["multidiff.tokenizers"].items():
+        assert f"{name} = {value}" in declared
+    weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
+    assert sum(weights.values()) < 12e6, weights
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+folder, *names = sys.argv[1:]
+count = 0
+for name in names:
+    package = importlib.import_module(name)
+    assert package.__file__.startswith(folder), package.__file__
+    for module in pkgutil.walk_packages(package.__path__, name + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+        count += 1
+print(count)
+"""
+
+
+def test_every_module_imports_from_the_wheel(environment, tmp_path):
+    output = run(environment / "python", "-c", IMPORT_ALL, environment.parent, *SHIPPED, cwd=tmp_path)
+    modules = [file for folder in SHIPPED.values() for file in folder.rglob("*.py")]
+    assert int(output) == len(modules) - len(SHIPPED)
+
+
+def test_example_plugin_passes_its_own_tests_where_it_is_installed(environment, tmp_path):
+    (tmp_path / "test_melody.py").write_bytes((PLUGIN / "test_melody.py").read_bytes())
+    assert "7 passed" in run(environment / "python", "-m", "pytest", "-q", "test_melody.py", cwd=tmp_path)
+    assert re.search(
+        "^melody +multidiff_melody:MelodyTokenizer", run(environment / "multidiff", "plugins", cwd=tmp_path), re.M
+    )
+
+
+def test_tokenizers_is_still_hugging_faces():
+    assert not (ROOT / "tokenizers" / "__init__.py").exists()
+    code = "import tokenizers; print(tokenizers.__file__, tokenizers.Tokenizer)"
+    output = run(sys.executable, "-c", code, cwd=ROOT)
+    assert str(ROOT / "tokenizers") not in output
+
+
+def test_importing_multidiff_imports_nothing_heavy():
+    code = (
+        "import multidiff, multidiff.cli, sys; print({'torch', 'lightning', 'diffusers', 'numpy'} & set(sys.modules))"
+    )
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "set()"
+
+
+def imports(folder):
+    """(file, name of the top-level package) of every import in a folder, those inside functions included."""
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                yield file, name.split(".")[0]
+
+
+def normal(requirement):
+    """The distribution of a requirement such as `Jsonargparse[signatures]>=4`, spelled as PyPA's specification says."""
+    (name,) = re.findall(r"^[\w.-]+", requirement)
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [("multidiff", []), ("tokenizers", []), ("demo", ["demo"]), ("scripts", ["demo"]), ("tests", ["demo", "dev"])],
+)
+def test_nothing_is_imported_that_is_not_declared(folder, extras):
+    declared = {*PROJECT["dependencies"]}
+    for extra in extras:
+        declared.update(PROJECT["optional-dependencies"][extra])
+    allowed = {normal(requirement) for requirement in declared}
+    providers = packages_distributions()
+    own = {"demo", "scripts", "multidiff_melody", *SHIPPED} | {file.stem for file in (ROOT / "tests").glob("*.py")}
+    undeclared = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file, name in imports(ROOT / folder)
+        if name not in sys.stdlib_module_names
+        and name not in own
+        and not allowed & set(map(normal, providers.get(name, [])))
+    }
+    assert not undeclared
+
+
+def test_the_framework_imports_no_tokenizer_and_no_demo():
+    above = {"demo", "scripts", "tests", *SHIPPED} - {"multidiff"}
+    assert not {f"{file.relative_to(ROOT)}: {name}" for file, name in imports(ROOT / "multidiff") if name in above}
+    assert not {
+        f"{file}: {name}" for file, name in imports(ROOT / "tokenizers") if name in ("demo", "scripts", "tests")
+    }
+
+
+def test_lock_pins_every_dependency_and_records_no_address():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert "://" not in lock
+    assert not re.search(r"^-", lock, re.M), "no option, and so no index, belongs into the lock"
+    pinned = {normal(name) for name in re.findall(r"^([\w.-]+)==", lock, re.M)}
+    extras = PROJECT["optional-dependencies"]
+    required = {normal(requirement) for requirement in [*PROJECT["dependencies"], *extras["demo"], *extras["dev"]]}
+    assert required <= pinned
+
+
+TRAINING = """
+model:
+  class_path: multidiff.training.MaskedDiffusionModule
+  init_args:
+    tokenizers:
+      text: {plugin: bpe}
+      tune: {plugin: melody, longest: 4}
+    transformer: {hidden_size: 16, num_layers: 1, num_heads: 2}
+data:
+  class_path: multidiff.data.module.DocumentData
+  init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}", batch_size: 2, row_length: null}
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: multidiff.callbacks.SaveModel
+      init_args: {folder: model}
+"""
+
+
+def test_example_plugin_trains_and_generates_where_it_is_installed(environment, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    documents = []
+    for number, split in enumerate(["train", "train", "train", "train", "validation"]):
+        (data / f"{number}.json").write_text(json.dumps([[60 + number, 1], [64, 2 + number % 2]]), encoding="utf-8")
+        documents.append({"split": split, "segments": [{"text": f"tune {number}"}, {"tune": f"{number}.json"}]})
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
+    (tmp_path / "training.yaml").write_text(TRAINING, encoding="utf-8")
+
+    run(environment / "multidiff", "fit", "--config", "training.yaml", cwd=tmp_path)
+    assert (tmp_path / "model" / "tokenizers" / "tune" / "melody.json").is_file()
+
+    generate = [environment / "multidiff", "generate", "--model", "model", "--steps", "2", "--output", "out"]
+    printed = run(*generate, "--given", "text=up", "--fill", "tune:notes=5", "--num", "2", cwd=tmp_path).split()
+    assert printed == ["out/tune-000.json", "out/tune-001.json"]
+    for file in printed:
+        tune = json.loads((tmp_path / file).read_text(encoding="utf-8"))
+        assert len(tune) <= 5
+        assert all(0 <= pitch < 128 and 1 <= duration <= 4 for pitch, duration in tune)

@@ -1,0 +1,239 @@
+"""The pipeline: any combination in and out, saved and loaded whole or not at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import Frames, Grid, generator
+
+from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
+from multidiff.transformer import MaskedDiffusionTransformer
+from multidiff.vocabulary import SharedVocabulary
+from multidiff_bpe import BPETokenizer
+
+
+def make(tokenizers, samplers=None, dtype=torch.float64):
+    vocabulary = SharedVocabulary.of(tokenizers)
+    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=32, num_layers=2, num_heads=2)
+    model.initialize(generator())
+    for weight in model.parameters():
+        weight.data.mul_(3)
+    pipeline = MultiDiffPipeline(model.eval().to(dtype=dtype), vocabulary, tokenizers, samplers)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make({"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))})
+
+
+DOCUMENTS = [
+    [Given("note", [1, 2, 3]), Blank("picture"), Blank("speech", frames=4)],
+    [Blank("picture", height=3, width=5), Blank("note", frames=9)],
+    [Given("picture", [0, 1, 2, 3, 4, 0]), Given("speech", [1, 2]), Blank("note", frames=2)],
+    [Blank("speech", frames=2), Given("note", [5]), Blank("speech", frames=6)],
+    [Given("picture", [1] * 6), Blank("picture")],
+    [Blank("note", frames=1)],
+    [Given("note", [0] * 12), Blank("speech")],
+]
+
+
+def items(documents):
+    return [[part.item for part in document] for document in documents]
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("count", ["linear", "cosine"])
+def test_batching_changes_nothing(pipe, order, count):
+    pipe.samplers = {name: MaskSampler(order=order, count=count, num_inference_steps=5) for name in pipe.tokenizers}
+    together = pipe(DOCUMENTS, generator=[generator(i) for i in range(7)])
+    backwards = pipe(DOCUMENTS[::-1], generator=[generator(i) for i in range(7)][::-1])
+    assert items(together.documents) == items(backwards.documents[::-1])
+    assert together.nfe == backwards.nfe[::-1]
+    for index, document in enumerate(DOCUMENTS):
+        alone = pipe([document], generator=[generator(index)])
+        assert items(alone.documents) == items([together.documents[index]])
+        assert alone.nfe == [together.nfe[index]]
+
+
+def test_guided_batching_changes_nothing(pipe):
+    conditioned = [DOCUMENTS[i] for i in (0, 2, 3, 6)]
+    together = pipe(conditioned, generator=[generator(i) for i in range(4)], guidance_scale=2.5)
+    for index, document in enumerate(conditioned):
+        alone = pipe([document], generator=[generator(index)], guidance_scale=2.5)
+        assert items(alone.documents) == items([together.documents[index]])
+    plain = pipe(conditioned, generator=[generator(i) for i in range(4)], guidance_scale=1.0)
+    assert [2 * n for n in plain.nfe] == together.nfe
+    assert items(plain.documents) != items(together.documents)
+
+
+def test_given_comes_back_and_shapes_are_right(pipe):
+    output = pipe(DOCUMENTS, generator=generator())
+    for document, filled in zip(DOCUMENTS, output.documents, strict=True):
+        for part, result in zip(document, filled, strict=True):
+            assert part.tokenizer == result.tokenizer
+            if isinstance(part, Given):
+                assert result.item is part.item
+    assert output.documents[1][0].codes.size == {"height": 3, "width": 5}
+    assert len(output.documents[1][0].item) == 15
+    assert len(output.documents[0][2].item) <= 8
+
+
+def test_known_codes_are_kept_bit_for_bit(pipe):
+    codes = pipe.tokenizers["picture"].encode([[0, 1, 2, 3, 4, 0]])[0]
+    known_N = torch.tensor([True, False, True, False, False, True])
+    result = pipe([[Given("note", [1]), Partial("picture", codes, known_N)]], generator=generator()).documents[0][1]
+    assert torch.equal(result.codes.ids_N[known_N], codes.ids_N[known_N])
+    speech = pipe.tokenizers["speech"].encode([[1, 2, 3, 0, 2, 1]])[0]
+    known_N = torch.tensor([True, True, False, False, True, True])
+    result = pipe([[Partial("speech", speech, known_N)]], generator=generator()).documents[0][0]
+    assert torch.equal(result.codes.ids_N[:2], speech.ids_N[:2])
+
+
+def test_steps_nfe_and_callback(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, values):
+        assert pipeline is pipe
+        seen.append((step, timestep, int(values["documents"][0][1].known_N.sum())))
+
+    output = pipe(
+        [[Given("note", [1]), Blank("picture")]],
+        num_inference_steps=3,
+        generator=generator(),
+        callback_on_step_end=callback,
+    )
+    assert [(step, timestep) for step, timestep, _ in seen] == [(0, 2), (1, 1), (2, 0)]
+    assert [known for _, _, known in seen][-1] == 6
+    assert output.nfe == [3]
+    # More steps than codes: a code a step, and no forward pass for nothing.
+    assert pipe([[Blank("note", frames=2)]], num_inference_steps=50, generator=generator()).nfe == [2]
+
+
+def test_global_random_state_is_left_alone(pipe):
+    state = torch.random.get_rng_state()
+    first = pipe([[Blank("picture")]] * 4)
+    second = pipe([[Blank("picture")]] * 4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert items(first.documents) != items(second.documents)
+
+
+def test_bad_requests(pipe):
+    cases = [
+        ([], {}, "no documents"),
+        ([[Given("note", [1])]], {}, "document 0 has nothing to fill in"),
+        ([[Blank("nose")]], {}, "no tokenizer is called 'nose'; this vocabulary has picture, speech, note"),
+        ([[Given("nose", 1), Blank("note")]], {}, "no tokenizer is called 'nose'"),
+        ([[Blank("picture", frames=3)]], {}, "canvas of picture"),
+        ([[Blank("note")]], {"guidance_scale": 2.0}, "document 0 has no given segment"),
+        ([[Blank("note")]], {"num_inference_steps": 0}, "at least 1"),
+        ([[Blank("note")]], {"generator": [generator(), generator()]}, "2 generators for 1 documents"),
+    ]
+    for documents, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            pipe(documents, **options)
+    codes = pipe.tokenizers["note"].encode([[1, 2]])[0]
+    with pytest.raises(ValueError, match="one for each of 2 codes"):
+        pipe([[Partial("note", codes, torch.ones(3, dtype=torch.bool))]])
+    with pytest.raises(ValueError, match="picture"):
+        MultiDiffPipeline(pipe.transformer, pipe.vocabulary, {**pipe.tokenizers, "picture": Grid(4)})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    pipeline = make(
+        {"text": BPETokenizer(), "other": BPETokenizer()}, {"text": MaskSampler(canvas={"tokens": 6})}, torch.float32
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    return pipeline, tmp_path / "model"
+
+
+def test_save_and_load(saved, tmp_path):
+    pipeline, folder = saved
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "model_index.json", "samplers.json", "tokenizers", "transformer", "vocabulary.json",
+    ]  # fmt: skip
+    loaded = MultiDiffPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    documents = [[Given("other", "ab"), Blank("text")], [Blank("text"), Blank("other", tokens=3)]]
+    one, two = (p(documents, generator=[generator(0), generator(1)]) for p in (pipeline, loaded))
+    assert items(one.documents) == items(two.documents)
+    assert loaded.samplers["text"].settings == pipeline.samplers["text"].settings
+    loaded.save_pretrained(folder)  # replaces it
+    assert [path for path in tmp_path.iterdir() if path.name != "model"] == []
+    loaded.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded" / "transformer").glob("*.safetensors"))) > 1
+    three = MultiDiffPipeline.from_pretrained(tmp_path / "sharded")
+    three.set_progress_bar_config(disable=True)
+    assert items(three(documents, generator=[generator(0), generator(1)]).documents) == items(one.documents)
+    with pytest.raises(ValueError, match="safetensors only"):
+        loaded.save_pretrained(folder, safe_serialization=False)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(ValueError, match="holds no model"):
+        loaded.save_pretrained(tmp_path / "photos")
+
+
+def test_a_tokenizer_that_is_no_plugin_cannot_be_saved(pipe, tmp_path):
+    with pytest.raises(ValueError, match="not installed as a plugin"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGE = {
+    "model_index.json is missing": lambda f: (f / "model_index.json").unlink(),
+    "model_index.json: _class_name is 'os.system'": lambda f: edit(f / "model_index.json", _class_name="os.system"),
+    "model_index.json: transformer is": lambda f: edit(f / "model_index.json", transformer=["os", "system"]),
+    "vocabulary.json is missing": lambda f: (f / "vocabulary.json").unlink(),
+    "samplers.json is damaged": lambda f: (f / "samplers.json").write_text("{"),
+    "no sampler setting is called 'tempo'": lambda f: edit(f / "samplers.json", text={"tempo": 1}),
+    "text is missing": lambda f: shutil.rmtree(f / "tokenizers" / "text"),
+    "config.json is missing": lambda f: (f / "transformer" / "config.json").unlink(),
+    "unknown transformer setting 'wings'": lambda f: edit(f / "transformer" / "config.json", wings=2),
+    "class 'UNet' is not": lambda f: edit(f / "transformer" / "config.json", _class_name="UNet"),
+    "has shape .* but its configuration says": lambda f: edit(f / "transformer" / "config.json", intermediate_size=64),
+    "holds 11 unknown tensors": lambda f: edit(f / "transformer" / "config.json", num_layers=1),
+    "holds no .safetensors file": lambda f: next((f / "transformer").glob("*.safetensors")).unlink(),
+}
+
+
+def test_damaged_folders_are_refused(saved, tmp_path):
+    _, folder = saved
+    for number, (message, damage) in enumerate(DAMAGE.items()):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder, copy)
+        damage(copy)
+        with pytest.raises(ValueError, match=message):
+            MultiDiffPipeline.from_pretrained(copy)
+    with pytest.raises(ValueError, match="does not exist"):
+        MultiDiffPipeline.from_pretrained(tmp_path / "nowhere")
+
+
+def test_damaged_weights_are_refused(saved):
+    _, folder = saved
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    weights = {name: weight.clone() for name, weight in load_file(path).items()}  # not the mapped file
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"safetensors is missing, truncated"):
+        MultiDiffPipeline.from_pretrained(folder)
+    save_file({k: v for k, v in weights.items() if k != "norm.weight"}, path)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors, first norm.weight"):
+        MultiDiffPipeline.from_pretrained(folder)
+    save_file({**weights, "extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"1 unknown tensors, first extra"):
+        MultiDiffPipeline.from_pretrained(folder)
+
+
+def test_another_tokenizer_in_the_folder_is_refused(saved):
+    _, folder = saved
+    BPETokenizer.train(["seven seven seven"], 260).save(folder / "tokenizers" / "text")
+    with pytest.raises(ValueError, match=r"vocabulary.json: tokenizer 'text' had codebook_sizes \(256,\), here it has"):
+        MultiDiffPipeline.from_pretrained(folder)

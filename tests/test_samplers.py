@@ -1,0 +1,188 @@
+"""Samplers: exact where they claim to be, counts as published, known tokens and batches respected."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from toys import generator
+
+from multidiff.samplers import MaskSampler
+from multidiff.samplers.choice import choose
+from multidiff.samplers.count import cosine, linear
+from multidiff.samplers.guidance import guide
+
+
+def run(sampler, sample_RN, steps, model, generators, seen=None):
+    """Drive a sampler: `model(row ids)` gives logits_NV of one row."""
+    zeros_RN = torch.zeros_like(sample_RN)
+    state = sampler.start(sample_RN, zeros_RN, zeros_RN[..., None].expand(-1, -1, 3), steps)
+    for timestep in range(steps - 1, -1, -1):
+        where_RN = sampler.needs(state)
+        if not bool(where_RN.any()):
+            break
+        logits_RNV = torch.stack([model(row_N) for row_N in sample_RN])
+        output = sampler.step(
+            logits_RNV[where_RN], timestep, sample_RN, where=where_RN, state=state, generator=generators
+        )
+        sample_RN, state = output.prev_sample, output.state
+        if seen is not None:
+            seen.append(sample_RN.clone())
+    return sample_RN
+
+
+def conditionals(joint):
+    """The model that knows `joint` over N symbols of V values: logits of each masked one given the others."""
+    size = joint.dim()
+    value = joint.shape[0]
+
+    def model(row_N):
+        rest = tuple(slice(None) if int(i) == value else int(i) for i in row_N)
+        masked = [n for n in range(size) if int(row_N[n]) == value]
+        logits_NV = torch.zeros(size, value, dtype=torch.float64)
+        for axis, n in enumerate(masked):
+            logits_NV[n] = joint[rest].movedim(axis, 0).reshape(value, -1).sum(1).log()
+        return logits_NV
+
+    return model
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_order_one_at_a_time_samples_the_joint(seed):
+    joint = torch.rand(3, 3, 3, generator=generator(seed), dtype=torch.float64) ** 4
+    joint /= joint.sum()
+    number = 6000
+    masked_RN = torch.full((number, 3), 3)
+    sampler = MaskSampler(order="random", count="linear")
+    drawn_RN = run(sampler, masked_RN, 3, conditionals(joint), [generator(seed + 2)] * number)
+    counts = torch.zeros(3, 3, 3).index_put((*drawn_RN.T,), torch.ones(number), accumulate=True)
+    likely = joint * number >= 5
+    observed = [*counts[likely].tolist(), float(counts[~likely].sum())]
+    expected = [*(joint[likely] * number).tolist(), float(joint[~likely].sum() * number)]
+    if expected[-1] == 0:
+        observed.pop(), expected.pop()
+    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-3
+    # The test can tell: all three at once ignore how they depend on each other.
+    at_once_RN = run(sampler, masked_RN, 1, conditionals(joint), [generator(seed)] * number)
+    counts = torch.zeros(3, 3, 3).index_put((*at_once_RN.T,), torch.ones(number), accumulate=True)
+    observed = [*counts[likely].tolist(), float(counts[~likely].sum())][: len(expected)]
+    assert chisquare(observed, expected, sum_check=False).pvalue < 1e-6
+
+
+@given(st.integers(1, 300), st.integers(1, 64))
+def test_counts_follow_their_definitions(unknown, steps):
+    steps = min(steps, unknown)
+    steps_R, initial_R = torch.tensor([steps]), torch.tensor([unknown])
+    left = {"linear": unknown, "cosine": unknown}
+    for k in range(steps):
+        now = int(linear(k, steps_R, initial_R, torch.tensor([left["linear"]])))
+        assert left["linear"] - now == unknown // steps + (k < unknown % steps)  # LLaDA
+        left["linear"] = now
+        now = int(cosine(k, steps_R, initial_R, torch.tensor([left["cosine"]])))
+        if k + 1 < steps:  # MaskGIT
+            kept = math.floor(unknown * math.cos(math.pi / 2 * (k + 1) / steps) + 1e-12)
+            assert now == max(1, min(left["cosine"] - 1, kept)) or abs(now - kept) <= 1
+        assert now < left["cosine"]
+        left["cosine"] = now
+    assert left == {"linear": 0, "cosine": 0}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["random", "confidence"]),
+    st.sampled_from(["linear", "cosine"]),
+    st.integers(1, 12),
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.integers(0, 1000),
+)
+def test_everything_is_decided_and_nothing_twice(order, count, steps, lengths, seed):
+    width = max(lengths)
+    sample_RN = torch.where(torch.arange(width) < torch.tensor(lengths)[:, None], 4, -1)
+    table_NV = torch.randn(width, 4, generator=generator(seed))
+    table_NV[:, 2] = -torch.inf
+    sampler = MaskSampler(order=order, count=count, temperature=0.7, top_p=0.9)
+    generators = [generator(seed + row) for row in range(len(lengths))]
+    seen = [sample_RN]
+    final_RN = run(sampler, sample_RN, steps, lambda row_N: table_NV, generators, seen)
+    assert torch.equal(final_RN < 0, sample_RN < 0)
+    assert bool((final_RN[sample_RN >= 0] < 4).all())
+    assert bool((final_RN != 2).all())
+    for before, after in pairwise(seen):
+        decided_RN = before != 4
+        assert torch.equal(before[decided_RN], after[decided_RN])
+    # The same row alone, with its own generator, gives the same tokens.
+    row = len(lengths) // 2
+    alone_RN = run(
+        sampler,
+        sample_RN[row : row + 1, : lengths[row]],
+        steps,
+        lambda row_N: table_NV[: len(row_N)],
+        [generator(seed + row)],
+    )
+    assert torch.equal(alone_RN[0], final_RN[row, : lengths[row]])
+
+
+def test_confidence_decides_the_surest_first_and_ties_by_position():
+    p_NV = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
+    seen = []
+    sampler = MaskSampler(order="confidence", count="linear", temperature=0.0)
+    final_RN = run(sampler, torch.full((1, 4), 2), 4, lambda row_N: p_NV.log(), [generator()], seen)
+    orders = [int((row[0] != 2).sum()) for row in seen]
+    assert orders == [1, 2, 3, 4]
+    decided = [set(torch.nonzero(row[0] != 2).flatten().tolist()) for row in seen]
+    assert decided == [{1}, {1, 3}, {0, 1, 3}, {0, 1, 2, 3}]
+    assert final_RN.tolist() == [[0, 0, 0, 1]]
+
+
+def test_order_noise_is_gumbel_and_anneals():
+    """One step of two, equal confidences: with noise both positions come first equally often."""
+    first = []
+    for seed in range(400):
+        seen = []
+        sampler = MaskSampler(order="confidence", count="linear", order_temperature=4.0)
+        run(sampler, torch.full((1, 2), 2), 2, lambda row_N: torch.zeros(2, 2), [generator(seed)], seen)
+        first.append(int(seen[0][0, 1] != 2))
+    assert abs(sum(first) / 400 - 0.5) < 4 * 0.5 / 20
+
+
+def test_draws_follow_the_distribution_in_fp64():
+    p_V = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)
+    uniform_M = torch.rand(20_000, generator=generator(), dtype=torch.float64)
+    uniform_M[:3] = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    choice = choose(p_V.log().expand(20_000, 4), uniform_M, temperature=1.0, top_p=1.0)
+    assert choice.token_M[:3].tolist() == [0, 2, 3]
+    counts = torch.bincount(choice.token_M, minlength=4)
+    assert counts[1] == 0
+    assert chisquare(counts[[0, 2, 3]].numpy(), [10_000, 6_000, 4_000]).pvalue > 1e-3
+    torch.testing.assert_close(choice.log_p_M, p_V.log()[choice.token_M])
+    cut = choose(p_V.log().expand(20_000, 4), uniform_M, temperature=1.0, top_p=0.6)
+    assert set(cut.token_M.tolist()) == {0, 2}
+    cold = choose(p_V.log().expand(20_000, 4), uniform_M, temperature=0.5, top_p=1.0)
+    squared = p_V**2 / (p_V**2).sum() * 20_000
+    counts = torch.bincount(cold.token_M, minlength=4)
+    assert chisquare(counts[[0, 2, 3]].numpy(), squared[[0, 2, 3]].numpy()).pvalue > 1e-3
+
+
+def test_guidance():
+    conditional = torch.tensor([[0.0, 1.0, -torch.inf]])
+    unconditional = torch.tensor([[0.5, 0.5, -torch.inf]])
+    assert guide(conditional, unconditional, 1.0).tolist() == conditional.tolist()
+    assert guide(conditional, unconditional, 3.0).tolist() == [[-1.0, 2.0, -torch.inf]]
+
+
+def test_settings_survive_and_bad_ones_are_named(tmp_path):
+    sampler = MaskSampler(order="random", count="linear", top_p=0.9, canvas={"frames": 7})
+    assert MaskSampler.from_settings(sampler.settings, "x").settings == sampler.settings
+    sampler.save_pretrained(tmp_path)
+    assert MaskSampler.from_pretrained(tmp_path).settings == sampler.settings
+    with pytest.raises(ValueError, match=r"x.json: no sampler setting is called 'temprature'; did you mean 'tempe"):
+        MaskSampler.from_settings({"temprature": 1}, "x.json")
+    with pytest.raises(ValueError, match="order 'halton' must be one of"):
+        MaskSampler(order="halton")
+    with pytest.raises(ValueError, match="top_p 0"):
+        MaskSampler(top_p=0)
+    with pytest.raises(ValueError, match="order='random' has none"):
+        MaskSampler(order="random", order_temperature=1.0)

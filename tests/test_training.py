@@ -1,0 +1,300 @@
+"""Training by the CLI: runs, resumes bit for bit, evaluates, saves; data folders good and bad."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from multidiff import Blank, Given, MultiDiffPipeline
+from multidiff.cli import main
+from multidiff.data import DocumentData
+from multidiff.data.module import ShuffledBatches
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+def write_folder(folder, number=40, extra=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(number):
+        word = WORDS[index % 8]
+        segments = [{"text": word}, {"shout": word.upper()}][:: 1 if index % 2 else -1]
+        rows.append({"split": ("train", "train", "validation", "test")[index % 4], "segments": segments})
+    lines = [json.dumps(row) for row in rows] + list(extra)
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def config(folder, **trainer):
+    tokenizers = {"text": {"plugin": "bpe"}, "shout": {"plugin": "bpe"}}
+    return {
+        "seed_everything": 1,
+        "model": {
+            "class_path": "multidiff.training.MaskedDiffusionModule",
+            "init_args": {
+                "tokenizers": tokenizers,
+                "transformer": {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
+                "tasks": [
+                    {"roles": {"text": "target", "others": "given"}, "drop": 0.2},
+                    {"roles": {"others": "target"}, "noise": "shared"},
+                ],
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "warmup_steps": 2,
+                "samplers": {"text": {"canvas": {"tokens": 5}}},
+            },
+        },
+        "data": {
+            "class_path": "multidiff.data.DocumentData",
+            "init_args": {
+                "folder": str(folder / "data"),
+                "tokenizers": "${model.init_args.tokenizers}",
+                "batch_size": 4,
+                "row_length": 40,
+                "slack": {"text": 3},
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 8,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(folder), "name": "", "version": "log"},
+            },
+            "callbacks": [
+                {"class_path": "multidiff.callbacks.Previews", "init_args": {"num": 2}},
+                {"class_path": "multidiff.callbacks.SaveModel", "init_args": {"folder": str(folder / "model")}},
+                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {
+                        "dirpath": str(folder / "checkpoints"),
+                        "every_n_train_steps": 1,
+                        "save_top_k": -1,
+                        "filename": "{step}",
+                        "auto_insert_metric_name": False,
+                    },
+                },
+            ],
+            **trainer,
+        },
+    }
+
+
+def write_config(folder, settings):
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return str(path)
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder / "log"))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Eight steps in one go; an epoch has five batches, so a checkpoint after seven lies within the second."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_folder(folder / "data")
+    path = write_config(folder, config(folder))
+    main(["fit", "--config", path])
+    return folder, path
+
+
+def test_training_saves_logs_and_previews(trained):
+    folder, _ = trained
+    values = scalars(folder)
+    assert list(values["loss"]) == list(range(8))
+    assert {"train/text", "train/shout", "validation/text/given", "validation/text/alone", "validation/joint"} <= set(
+        values
+    )
+    events = EventAccumulator(str(folder / "log"))
+    events.Reload()
+    assert any("text/0/made" in tag for tag in events.Tags()["tensors"])
+    record = json.loads((folder / "model" / "training.json").read_text())
+    assert record["steps"] == 8
+    assert record["samples_seen"] == 32
+
+
+def test_saved_model_and_checkpoint_are_the_averaged_weights(trained):
+    folder, _ = trained
+    pipelines = [
+        MultiDiffPipeline.from_pretrained(path) for path in (folder / "model", folder / "checkpoints" / "8.ckpt")
+    ]
+    live = torch.load(folder / "checkpoints" / "8.ckpt", weights_only=True)["current_model_state"]
+    documents = [[Given("text", "one"), Blank("shout", tokens=4)]]
+    answers = []
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline.samplers["text"].config["canvas"] == {"tokens": 5}
+        assert not torch.equal(pipeline.transformer.embed.weight, live["transformer.embed.weight"])
+        answers.append(pipeline(documents, generator=torch.Generator().manual_seed(0)).documents[0][1].item)
+    assert torch.equal(*(pipeline.transformer.embed.weight for pipeline in pipelines))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("workers", "interrupted_at"), [(0, 3), (0, 5), (0, 7), (2, 7)])
+def test_a_resumed_run_is_the_same_run(trained, tmp_path, workers, interrupted_at):
+    folder, _ = trained
+    settings = config(tmp_path)
+    settings["data"]["init_args"]["folder"] = str(folder / "data")
+    settings["data"]["init_args"]["num_workers"] = workers
+    path = write_config(tmp_path, settings)
+    checkpoint = folder / "checkpoints" / f"{interrupted_at}.ckpt"
+    if workers:
+        main(["fit", "--config", path])  # loaders save their state only for the number of workers they have
+        checkpoint = (tmp_path / "checkpoints" / f"{interrupted_at}.ckpt").rename(tmp_path / "interrupted.ckpt")
+    main(["fit", "--config", path, "--ckpt_path", str(checkpoint)])
+    expected, got = scalars(folder)["loss"], scalars(tmp_path)["loss"]
+    for step in range(interrupted_at, 8):
+        assert got[step] == expected[step]
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["samples_seen"] == 32
+    one, two = (
+        MultiDiffPipeline.from_pretrained(place / "model").transformer.state_dict() for place in (folder, tmp_path)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_command_line_wins_over_a_checkpoint(trained, tmp_path):
+    folder, path = trained
+    checkpoint = str(folder / "checkpoints" / "8.ckpt")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        main(
+            ["validate", "--config", path, "--ckpt_path", checkpoint, "--model.init_args.transformer.hidden_size", "64"]
+        )
+
+
+def test_validate_and_test_report_nats_per_token(trained, capsys):
+    folder, path = trained
+    for command in ("validate", "test"):
+        main([command, "--config", path, "--ckpt_path", str(folder / "checkpoints" / "8.ckpt")])
+        printed = capsys.readouterr().out
+        stage = "validation" if command == "validate" else "test"
+        for label in ("text/given", "text/alone", "shout/given", "shout/alone", "joint"):
+            assert f"{stage}/{label}" in printed
+
+
+def test_an_untrained_model_is_near_uniform(tmp_path):
+    write_folder(tmp_path / "data")
+    path = write_config(tmp_path, config(tmp_path))
+    main(["test", "--config", path])
+    values = {tag: next(iter(steps.values())) for tag, steps in scalars(tmp_path).items() if tag.startswith("test/")}
+    # A canvas has more tokens (its slack) than codes + 1, so nats per token exceed log 257 by that much at most.
+    for label in ("test/text/given", "test/shout/alone", "test/joint"):
+        assert math.log(257) - 0.3 < values[label] < 2.2 * math.log(257)
+
+
+def test_shuffled_batches_cover_split_and_resume():
+    ranks = [ShuffledBatches(23, 3, seed=5, rank=rank, ranks=2) for rank in range(2)]
+    first = [[key for batch in rank for key in batch] for rank in ranks]
+    assert all(len(keys) == 9 for keys in first)
+    assert len({key for keys in first for key in keys}) == 18
+    assert {epoch for keys in first for epoch, _ in keys} == {0}
+    second = [[key for batch in rank for key in batch] for rank in ranks]
+    assert {epoch for keys in second for epoch, _ in keys} == {1}
+    assert [i for _, i in first[0]] != [i for _, i in second[0]]
+    one = ShuffledBatches(23, 3, seed=5)
+    iterator = iter(one)
+    head = [next(iterator) for _ in range(4)]
+    other = ShuffledBatches(23, 3, seed=5)
+    other.load_state_dict(one.state_dict())
+    assert head + list(other) == list(ShuffledBatches(23, 3, seed=5))
+    assert next(iter(other))[0][0] == 1
+    assert len(list(ShuffledBatches(2, 64, seed=0))) == 1
+
+
+BAD_LINES = {
+    "line 41: not JSON": "{oops",
+    "line 41: expected": "[1, 2]",
+    "line 41: split 'dev' is none of": '{"split": "dev", "segments": [{"text": "a"}]}',
+    "line 41: no tokenizer is called 'smell'; the configuration has text, shout": '{"segments": [{"smell": "a"}]}',
+    "line 41, segment 0: expected one tokenizer name": '{"segments": [{"text": "a", "shout": "b"}]}',
+    "line 41: unknown key 'spilt'": '{"spilt": "train", "segments": [{"text": "a"}]}',
+    "line 41: expected .*segments": '{"segments": []}',
+}
+
+
+def data_of(folder, **options):
+    return DocumentData(str(folder), {"text": {"plugin": "bpe"}, "shout": {"plugin": "bpe"}}, **options)
+
+
+@pytest.mark.parametrize("message", BAD_LINES)
+def test_bad_lines_are_named(tmp_path, message):
+    write_folder(tmp_path, extra=[BAD_LINES[message]])
+    with pytest.raises(ValueError, match=f"metadata.jsonl, {message}"):
+        data_of(tmp_path).prepare_data()
+    assert not list(tmp_path.glob(".tokenized/*"))
+
+
+def test_empty_and_missing_folders(tmp_path):
+    with pytest.raises(ValueError, match=r"metadata.jsonl does not exist"):
+        data_of(tmp_path).prepare_data()
+    (tmp_path / "metadata.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"metadata.jsonl holds no document"):
+        data_of(tmp_path).prepare_data()
+
+
+def test_bad_items_raise_or_are_skipped_and_counted(tmp_path, caplog):
+    write_folder(tmp_path, extra=['{"segments": [{"text": 7}]}', '{"segments": [{"text": "\\ud800"}]}'])
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 41: .*on_error: skip"):
+        data_of(tmp_path).prepare_data()
+    with caplog.at_level("INFO"):
+        data = data_of(tmp_path, on_error="skip")
+        data.prepare_data()
+    assert "Left out 2 documents" in caplog.text
+    assert "line 42" in caplog.text
+    assert len(data.documents("train")) == 20
+
+
+def test_tokenizing_happens_once_and_again_after_a_change(tmp_path):
+    write_folder(tmp_path)
+    data = data_of(tmp_path)
+    data.prepare_data()
+    (place,) = (tmp_path / ".tokenized").iterdir()
+    stamp = place.stat().st_mtime_ns
+    data_of(tmp_path).prepare_data()
+    assert place.stat().st_mtime_ns == stamp
+    write_folder(tmp_path, number=36)
+    data_of(tmp_path, cache=str(tmp_path / "elsewhere")).prepare_data()
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+
+
+def test_documents_hold_what_was_written(tmp_path):
+    data = data_of(write_folder(tmp_path), slack={"text": 2})
+    documents = data.documents("validation")
+    for index in range(len(documents)):
+        segments = documents[0, index]
+        items = [data.tokenizers[s.tokenizer].decode([data.sequencer.codes(s)])[0] for s in segments]
+        assert sorted(items, key=str.isupper) == [WORDS[(4 * index + 2) % 8], WORDS[(4 * index + 2) % 8].upper()]
+        again = documents[0, index]
+        assert all(torch.equal(a.ids_N, b.ids_N) for a, b in zip(segments, again, strict=True))
+    sizes = {len(segment) for epoch in range(20) for segment in documents[epoch, 0] if segment.tokenizer == "text"}
+    assert sizes == {4, 5}
+
+
+def test_bad_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="slack nose"):
+        data_of(tmp_path, slack={"nose": 1})
+    with pytest.raises(ValueError, match="batch_size 0"):
+        data_of(tmp_path, batch_size=0)
+    with pytest.raises(ValueError, match="did you mean 'bpe'"):
+        DocumentData(str(tmp_path), {"text": {"plugin": "bp"}})
+    with pytest.raises(ValueError, match="names no plugin"):
+        DocumentData(str(tmp_path), {"text": {}})
+
+
+def test_a_data_module_of_other_tokenizers_is_refused(trained, tmp_path):
+    _, path = trained
+    settings = json.loads(Path(path).read_text())
+    settings["data"]["init_args"]["tokenizers"] = {"shout": {"plugin": "bpe"}, "text": {"plugin": "bpe"}}
+    with pytest.raises(SystemExit, match=r"multidiff: the data module .* in this order"):
+        main(["fit", "--config", write_config(tmp_path, settings)])

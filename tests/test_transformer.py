@@ -1,0 +1,146 @@
+"""The denoiser: positions, documents, spans."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import Frames, Grid, generator
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from multidiff.diffusion import queries
+from multidiff.sequence import Sequencer
+from multidiff.transformer import MaskedDiffusionTransformer, rotary, rotary_frequencies, turn
+from multidiff.vocabulary import SharedVocabulary
+
+TOKENIZERS = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3))}
+VOCABULARY = SharedVocabulary.of(TOKENIZERS)
+SEQUENCER = Sequencer(TOKENIZERS, VOCABULARY)
+
+
+def transformer(**options):
+    options = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, **options}
+    model = MaskedDiffusionTransformer(VOCABULARY.rows, **options)
+    model.initialize(generator())
+    for weight in model.parameters():  # leave the small initial regime, where everything looks alike
+        weight.data.mul_(3)
+    return model.eval()
+
+
+def segments(frames, pictures):
+    speech = SEQUENCER.given("speech", TOKENIZERS["speech"].encode([[1, 2] * frames])[0])
+    picture = SEQUENCER.given("picture", TOKENIZERS["picture"].encode([[0, 1, 2, 3, 4, 0]])[0])
+    return [speech, *[picture] * pictures]
+
+
+def logits_by_document(model, documents, row_length=None):
+    batch = SEQUENCER.batch(documents, row_length)
+    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
+    logits = model(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked)
+    flat = batch.document_BL.flatten()
+    return [
+        [logits_NV[flat[index_N] == d] for logits_NV, (index_N, _) in zip(logits, asked, strict=True)]
+        for d in range(len(documents))
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=2, max_size=6), st.integers(1, 70))
+def test_alone_padded_and_packed_agree(shapes, row_length):
+    model = transformer(num_key_value_heads=2).double()
+    documents = [segments(*shape) for shape in shapes]
+    with torch.no_grad():
+        alone = [logits_by_document(model, [document])[0] for document in documents]
+        padded = logits_by_document(model, documents)
+        packed = logits_by_document(model, documents, row_length)
+    for one, two, three in zip(alone, padded, packed, strict=True):
+        for a, b, c in zip(one, two, three, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+            torch.testing.assert_close(a, c, rtol=0, atol=1e-12)
+
+
+def test_equal_axes_are_llamas_rotary():
+    config = LlamaConfig(hidden_size=96, num_attention_heads=4, max_position_embeddings=2048)
+    positions_BL = torch.randint(0, 2000, (2, 17), generator=generator())
+    query_BHLE = torch.randn(2, 4, 17, 24, generator=generator())
+    cos, sin = LlamaRotaryEmbedding(config)(query_BHLE, positions_BL)
+    theirs, _ = apply_rotary_pos_emb(query_BHLE, query_BHLE, cos, sin)
+    positions_BL3 = positions_BL[..., None].expand(-1, -1, 3)
+    ours = turn(query_BHLE.transpose(1, 2), *rotary(positions_BL3, rotary_frequencies(24, 10_000.0), torch.float32))
+    assert float((ours.transpose(1, 2) - theirs).abs().max()) == 0.0
+
+
+def test_every_axis_matters_and_only_differences_do():
+    model = transformer().double()
+    document = segments(3, 1)
+    batch = SEQUENCER.batch([document])
+    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
+
+    def run(positions_BL3):
+        with torch.no_grad():
+            return torch.cat([x.flatten() for x in model(batch.ids_BL, positions_BL3, batch.document_BL, asked)])
+
+    base = run(batch.positions_BL3)
+    torch.testing.assert_close(run(batch.positions_BL3 + torch.tensor([5, 9, 2])), base, rtol=0, atol=1e-12)
+    for axis in range(3):
+        moved = batch.positions_BL3.clone()
+        moved[0, 4, axis] += 1
+        assert float((run(moved) - base).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_equals_the_full_head_cut_to_its_span(tied):
+    model = transformer(tie_embeddings=tied).double()
+    assert (model.head is None) == tied
+    batch = SEQUENCER.batch([segments(2, 1), segments(1, 2)])
+    positions_N = torch.tensor([1, 5, 9])
+    arguments = (batch.ids_BL, batch.positions_BL3, batch.document_BL)
+    (full,) = model(*arguments, [(positions_N, (0, VOCABULARY.rows))])
+    parts = model(*arguments, [(positions_N, span) for _, _, span in VOCABULARY.flat_spans])
+    for part, (_, _, (start, stop)) in zip(parts, VOCABULARY.flat_spans, strict=True):
+        torch.testing.assert_close(part, full[:, start:stop])
+    with pytest.raises(ValueError, match="spans overlap"):
+        model(*arguments, [(positions_N, (3, 9)), (positions_N, (5, 7))])
+
+
+def test_an_empty_query_keeps_every_parameter_in_the_graph():
+    model = transformer(tie_embeddings=False)
+    batch = SEQUENCER.batch([segments(1, 1)])
+    nowhere = torch.empty(0, dtype=torch.int64)
+    logits = model(
+        batch.ids_BL, batch.positions_BL3, batch.document_BL, [(nowhere, span) for _, _, span in VOCABULARY.flat_spans]
+    )
+    sum(x.sum() for x in logits).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    batch = SEQUENCER.batch([segments(2, 1)])
+    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
+    gradients = []
+    for on in (False, True):
+        model = transformer().double().train()
+        if on:
+            model.enable_gradient_checkpointing()
+        logits = model(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked)
+        sum(x.square().sum() for x in logits).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bfloat16_autocast_is_close():
+    model = transformer(attention_bias=True, qk_norm=False)
+    with torch.no_grad():
+        exact = logits_by_document(model, [segments(3, 1)])[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = logits_by_document(model, [segments(3, 1)])[0]
+    for a, b in zip(exact, rough, strict=True):
+        assert float((a - b.float()).norm() / a.norm()) < 0.05
+
+
+def test_bad_shapes():
+    with pytest.raises(ValueError, match="even multiple of num_heads"):
+        transformer(num_heads=3)
+    with pytest.raises(ValueError, match="multiple of num_key_value_heads 3"):
+        transformer(num_key_value_heads=3)

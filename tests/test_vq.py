@@ -1,0 +1,360 @@
+"""The picture tokenizer: any size and mode, codes that depend on nothing but the picture, strict about files."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from multidiff.testing import check_tokenizer
+from multidiff.tokenizer import Codes, ItemError
+from multidiff_vq import VQTokenizer
+from multidiff_vq.folder import write_model
+from multidiff_vq.training import PictureData, VQTraining
+
+MNIST = Path(__file__).parents[1] / "demo" / "data" / "mnist10k.npz"
+CONFIG, WEIGHTS, SETTINGS = "config.json", "diffusion_pytorch_model.safetensors", "vq_tokenizer.json"
+DIGITS = VQTokenizer()
+
+
+def arguments(channels=3, **changes):
+    """Of a tiny VQModel of stride 4."""
+    return {
+        "in_channels": channels, "out_channels": channels, "sample_size": 16, "block_out_channels": [4, 8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "norm_num_groups": 2, "latent_channels": 4, "num_vq_embeddings": 16, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rgb_folder(tmp_path_factory):
+    """What plain diffusers writes; codes spread wide enough that pictures differ in them."""
+    folder = tmp_path_factory.mktemp("rgb")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VQModel(**arguments())
+        torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(rgb_folder, tmp_path):
+    """A copy to spoil."""
+    VQTokenizer(str(rgb_folder)).save(tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+def noise(height, width, mode="RGB", seed=0):
+    array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(array).convert(mode)
+
+
+def handwriting(split):
+    """Digits as 32x32 pictures: the split that the shipped weights were trained with."""
+    chosen = np.random.default_rng(0).permutation(10_000)[split]
+    with np.load(MNIST) as data:
+        return [Image.fromarray(np.pad(digit, 2)) for digit in data["x"][chosen]]
+
+
+def psnr(one, other):
+    error = (np.asarray(one, float) - np.asarray(other, float)) / 255
+    return -10 * np.log10(max(np.mean(error**2), 1e-10))
+
+
+def test_contract_grey(tmp_path):
+    check_tokenizer(DIGITS, tmp_path)
+
+
+def test_contract_rgb(rgb_folder, tmp_path):
+    check_tokenizer(VQTokenizer(str(rgb_folder)), tmp_path)
+
+
+def test_shipped_weights_reconstruct_unseen_handwriting_with_most_of_their_codes():
+    digits = handwriting(slice(9000, 9300))
+    codes = DIGITS.encode(digits)
+    assert {len(one) for one in codes} == {16}
+    assert np.mean([psnr(*pair) for pair in zip(digits, DIGITS.decode(codes), strict=True)]) > 22
+    assert len(torch.cat([one.ids_N for one in codes]).unique()) > 0.95 * DIGITS.codebook_sizes[0]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=6), st.randoms())
+def test_any_size_that_fits_comes_back_and_neighbours_change_no_code(rgb_folder, sizes, random):
+    tokenizer = VQTokenizer(str(rgb_folder))
+    pictures = [noise(4 * rows, 4 * columns, seed=seed) for seed, (rows, columns) in enumerate(sizes)]
+    codes = tokenizer.encode(pictures)
+    for (rows, columns), one, picture in zip(sizes, codes, tokenizer.decode(codes), strict=True):
+        assert one.size == {"height": 4 * rows, "width": 4 * columns}
+        assert one.coords_N3.tolist() == [[0, row, column] for row in range(rows) for column in range(columns)]
+        assert (picture.height, picture.width, picture.mode) == (4 * rows, 4 * columns, "RGB")
+    order = random.sample(range(len(pictures)), len(pictures))
+    for place, one in zip(order, tokenizer.encode([pictures[place] for place in order]), strict=True):
+        assert torch.equal(one.ids_N, codes[place].ids_N)
+
+
+def test_a_long_batch_gives_the_codes_of_each_picture_alone():
+    digits = handwriting(slice(0, 40))
+    together = DIGITS.encode(digits)
+    for digit, codes in zip(digits, together, strict=True):
+        assert torch.equal(DIGITS.encode([digit])[0].ids_N, codes.ids_N)
+
+
+def test_codes_and_pictures_are_those_of_plain_diffusers(rgb_folder):
+    tokenizer, model = VQTokenizer(str(rgb_folder)), VQModel.from_pretrained(rgb_folder, low_cpu_mem_usage=False)
+    pictures = [noise(16, 24, seed=seed) for seed in range(3)]
+    signal = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for one in pictures]).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = model.eval().encode(signal).latents
+        ids = model.quantize(latents)[2][2].reshape(3, -1)
+        restored = ((model.decode(latents).sample + 1) * 127.5).round().clamp(0, 255)
+    codes = tokenizer.encode(pictures)
+    assert len(torch.cat([one.ids_N for one in codes]).unique()) > 1
+    for one, expected in zip(codes, ids, strict=True):
+        assert torch.equal(one.ids_N, expected)
+    for picture, expected in zip(tokenizer.decode(codes), restored, strict=True):
+        assert np.abs(np.asarray(picture, float) - expected.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_other_modes_are_converted(rgb_folder):
+    def ids(tokenizer, picture):
+        return tokenizer.encode([picture])[0].ids_N.tolist()
+
+    colour, clear = noise(32, 32), Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    assert ids(DIGITS, colour) == ids(DIGITS, colour.convert("L"))
+    assert ids(DIGITS, clear) == ids(DIGITS, Image.new("L", (32, 32), 255))
+    deep = Image.fromarray(np.asarray(noise(32, 32, "L"), dtype=np.uint16) * 257)
+    assert ids(DIGITS, deep) == ids(DIGITS, noise(32, 32, "L"))
+    tokenizer = VQTokenizer(str(rgb_folder))
+    assert ids(tokenizer, noise(16, 16, "L")) == ids(tokenizer, noise(16, 16, "L").convert("RGB"))
+    assert tokenizer.preview(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_default_canvas_comes_from_arguments_else_settings_else_the_model(rgb_folder, tmp_path):
+    assert VQTokenizer(str(rgb_folder)).canvas().size == {"height": 16, "width": 16}
+    tokenizer = VQTokenizer(str(rgb_folder), height=8, width=20)
+    assert tokenizer.canvas().size == {"height": 8, "width": 20}
+    assert tokenizer.canvas(width=4).size == {"height": 8, "width": 4}
+    tokenizer.save(tmp_path / "saved")
+    assert VQTokenizer.load(tmp_path / "saved").canvas().size == {"height": 8, "width": 20}
+    assert VQTokenizer(str(tmp_path / "saved"), height=12).canvas().size == {"height": 12, "width": 20}
+
+
+def test_construction_leaves_the_random_state_alone(rgb_folder):
+    before = torch.get_rng_state()
+    VQTokenizer(str(rgb_folder))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_fingerprint_follows_the_weights_and_not_the_canvas(broken):
+    before = VQTokenizer.load(broken).fingerprint
+    assert VQTokenizer(str(broken), height=8).fingerprint == before
+    tensors = load_file(broken / WEIGHTS)
+    tensors["encoder.conv_in.bias"][0] += 1e-6
+    save_file(tensors, broken / WEIGHTS)
+    assert VQTokenizer.load(broken).fingerprint != before
+
+
+def test_attention_weights_of_old_diffusers_load(broken):
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    before, tensors = VQTokenizer.load(broken).fingerprint, load_file(broken / WEIGHTS)
+    for new, old in names.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    assert any(".proj_attn." in name for name in tensors)
+    save_file(tensors, broken / WEIGHTS)
+    assert VQTokenizer.load(broken).fingerprint == before
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (16, 8)).save(tmp_path / "photo.jpg", exif=exif)
+    assert DIGITS.read("photo.jpg", tmp_path).size == (8, 16)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (Image.new("L", (30, 33)), "height 33 and width 30.*stride of 8.*height 32 or 40, width 24 or 32"),
+        (Image.new("L", (8, 3)), "height 8, width|height 3 and width 8.*height 8, width 8"),
+        (Image.new("L", (0, 0)), "height 0 and width 0"),
+        (Image.new("F", (32, 32)), "mode 'F'"),
+        ("seven", "expected a PIL.Image, not str: 'seven'"),
+    ],
+)
+def test_pictures_that_do_not_fit_are_refused(picture, words):
+    with pytest.raises(ItemError, match=words):
+        DIGITS.encode([Image.new("L", (32, 32)), picture])
+
+
+def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
+    noise(64, 64).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    for name in ("cut.png", "text.jpg", "empty.png", "missing.png"):
+        with pytest.raises(ItemError, match=name):
+            DIGITS.read(name, tmp_path)
+    with pytest.raises(ItemError, match="path of its file, not by 7"):
+        DIGITS.read(7, tmp_path)
+
+
+def test_codes_that_are_no_picture_are_refused():
+    canvas = DIGITS.canvas()
+    with pytest.raises(ValueError, match="has 16 codes, not 3"):
+        DIGITS.decode([Codes(canvas.ids_N[:3], canvas.levels_N[:3], canvas.coords_N3[:3], canvas.size)])
+    canvas.ids_N[0] = DIGITS.codebook_sizes[0]
+    with pytest.raises(ValueError, match=r"must lie in \[0, "):
+        DIGITS.decode([canvas])
+    with pytest.raises(ValueError, match=r"a canvas of height 12 .*height 8 or 16, width 32"):
+        DIGITS.canvas(height=12)
+
+
+def test_weights_must_be_a_preset_or_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"'digit' is neither a folder .* nor a preset .*digits"):
+        VQTokenizer("digit")
+    with pytest.raises(ValueError, match=f"{tmp_path}/{CONFIG} is missing"):
+        VQTokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"default canvas of height 30 .*pass height and width"):
+        VQTokenizer(height=30)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"_class_name": "AutoencoderKL"}, "describes a AutoencoderKL, not a VQModel"),
+        ({"_class_name": "VQModel", "flavour": 1}, "VQModel knows no flavour"),
+        ({"_class_name": "VQModel", "block_out_channels": "x"}, "VQModel cannot be built from it"),
+        ({"_class_name": "VQModel", **arguments(num_vq_embeddings=8)}, r"embedding.weight is \[16, 4\], not \[8, 4\]"),
+        ([], "holds a list"),
+    ],
+)
+def test_foreign_configurations_are_refused(broken, content, words):
+    (broken / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words) as caught:
+        VQTokenizer.load(broken)
+    assert str(broken) in str(caught.value)
+
+
+def test_models_of_other_than_pictures_are_refused(tmp_path):
+    write_model(VQModel(**arguments(2)), tmp_path / "two")
+    with pytest.raises(ValueError, match="this model takes 2 and gives 2"):
+        VQTokenizer(str(tmp_path / "two"))
+    write_model(VQModel(**arguments(up_block_types=["UpDecoderBlock2D"] * 2)), tmp_path / "flat")
+    with pytest.raises(ValueError, match="scale up as often"):
+        VQTokenizer(str(tmp_path / "flat"))
+
+
+def test_weights_that_do_not_match_are_refused_by_name(broken):
+    tensors = load_file(broken / WEIGHTS)
+    bias = tensors.pop("encoder.conv_in.bias")
+    save_file({**tensors, "stranger": bias}, broken / WEIGHTS)
+    with pytest.raises(ValueError, match=f"{WEIGHTS}.*encoder.conv_in.bias is missing; stranger is not expected"):
+        VQTokenizer.load(broken)
+
+
+def test_damaged_folders_are_refused_by_file(broken, tmp_path):
+    for name in (CONFIG, WEIGHTS, SETTINGS):
+        for spoil in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:30])):
+            shutil.copytree(broken, tmp_path / "spoiled", dirs_exist_ok=True)
+            spoil(tmp_path / "spoiled" / name)
+            with pytest.raises(ValueError, match=name):
+                VQTokenizer.load(tmp_path / "spoiled")
+    (broken / SETTINGS).write_text('{"height": 16}')
+    with pytest.raises(ValueError, match=f"{SETTINGS} must hold height and width"):
+        VQTokenizer.load(broken)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    """24 pictures for training and 8 for validation, some of another size; one is named twice."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for number in range(32):
+        name = f"{number}.png"
+        noise(4, 4, seed=number).resize((16, 16 + number % 3)).save(folder / name)
+        segments = [{"image": name}, {"text": "noise"}]
+        lines.append(json.dumps({"split": "train" if number < 24 else "validation", "segments": segments}))
+    (folder / "metadata.jsonl").write_text("\n".join([*lines, lines[0]]))
+    return folder
+
+
+def fit(data_folder, folder, steps, resume=None):
+    seed_everything(0, verbose=False)
+    module = VQTraining(arguments(mid_block_add_attention=False), str(folder / "tokenizer"), continuous_steps=2)
+    data = PictureData(str(data_folder), channels=3, height=16, width=16, batch_size=8)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=4, max_steps=-1, limit_train_batches=3, logger=TensorBoardLogger(folder, "log"),
+        callbacks=[ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)],
+        log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    assert trainer.global_step == steps
+    return module
+
+
+# Lightning 2.6 warns of itself, of few workers, and of a checkpoint from another folder.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*num_workers.*", "ignore:.*dirpath has changed.*")
+def test_training_uses_the_codebook_resumes_exactly_and_exports(data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "level", logging.ERROR)
+    module = fit(data_folder, tmp_path / "whole", 12)
+    events = EventAccumulator(str(next((tmp_path / "whole").glob("log/version_*"))))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train/reconstruction")]
+    assert losses[-1] < losses[0]
+    assert events.Scalars("val/codebook_usage")[-1].value > 0.5
+    assert events.Scalars("val/codebook_perplexity")[-1].value > 4
+    assert events.Images("reconstructions")
+
+    resumed = fit(data_folder, tmp_path / "resumed", 12, tmp_path / "whole" / "step=5.ckpt")
+    for one, other in zip(module.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+    tokenizer = VQTokenizer(str(tmp_path / "whole" / "tokenizer"))
+    assert tokenizer.canvas().size == {"height": 16, "width": 16}
+    plain = VQModel.from_pretrained(tmp_path / "whole" / "tokenizer", low_cpu_mem_usage=False)
+    signal = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(signal).sample, module.model.eval()(signal).sample)
+
+
+def test_a_code_out_of_use_moves_to_a_latent(monkeypatch):
+    module = VQTraining(arguments(), "unused", continuous_steps=0)
+    monkeypatch.setattr(VQTraining, "all_gather", lambda self, tensor: tensor)
+    module._trainer = type("Endless", (), {"global_step": 0, "max_steps": 100, "max_epochs": None, "callbacks": []})()
+    latents_BDhw = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    module._quantize(latents_BDhw)
+    module.codebook[3] = 1e3
+    module.count_V[3] = 0
+    module.sum_VD[3] = 0
+    module._quantize(latents_BDhw)
+    latents_ND = latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+    assert (latents_ND == module.codebook[3]).all(1).any()
+
+
+def test_training_data_errors_name_the_folder_or_the_file(data_folder, tmp_path):
+    with pytest.raises(ValueError, match="no 'photo' in any document of split train"):
+        PictureData(str(data_folder), name="photo").train_dataloader()
+    with pytest.raises(ValueError, match=r"channels must be 1 .* or 3"):
+        PictureData(str(data_folder), channels=2)
+    (tmp_path / "metadata.jsonl").write_text('{"segments": [{"image": "lost.png"}]}')
+    with pytest.raises(ItemError, match=r"lost\.png"):
+        next(iter(PictureData(str(tmp_path)).train_dataloader()))

@@ -1,0 +1,113 @@
+"""Sounds of a data folder in batches of equal length, for training a codec.
+
+Shape suffixes: B sounds, T samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from multidiff.data.folder import read_metadata
+from multidiff.data.module import ShuffledBatches
+from multidiff.seeding import generator_for
+from multidiff_encodec.sound import read_sound, to_mono
+
+
+class SoundData(LightningDataModule):
+    """The sounds that a data folder's `metadata.jsonl` names, each once an epoch, as float32 [B, 1, T].
+
+    A longer sound is cut at random, a shorter one placed at random in silence, and each made quieter at random; the
+    validation split is cut and placed in the middle and keeps its loudness.
+
+    Args:
+        folder: the data folder.
+        sample_rate: of the codec, Hz.
+        samples: T; a multiple of the codec's hop.
+        name: the name under which its segments hold sounds.
+        batch_size: sounds of a batch, on each device.
+        quieter: by up to so many dB.
+        num_workers: processes that read ahead.
+        seed: decides order, cuts and loudness, together with the epoch.
+
+    Raises:
+        ValueError: the folder names no sound for training or validation, or one cannot be read; names it.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        sample_rate: int,
+        samples: int,
+        name: str = "speech",
+        batch_size: int = 16,
+        quieter: float = 6.0,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.folder, self.name, self.sample_rate, self.samples = Path(folder), name, sample_rate, samples
+        self.batch_size, self.quieter, self.num_workers, self.seed = batch_size, quieter, num_workers, seed
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        sounds = _Cuts(self._paths("train"), self.sample_rate, self.samples, self.quieter, self.seed)
+        batches = ShuffledBatches(len(sounds), self.batch_size, self.seed, *self._rank())
+        return StatefulDataLoader(sounds, batch_sampler=batches, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        sounds, (rank, ranks) = _Middles(self._paths("validation"), self.sample_rate, self.samples), self._rank()
+        keys = [(0, index) for index in range(rank, len(sounds), ranks)]
+        batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
+        return StatefulDataLoader(sounds, batch_sampler=batches, num_workers=self.num_workers)
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _paths(self, split: str) -> list[Path]:
+        records = read_metadata(self.folder, [split])
+        values = dict.fromkeys(value for record in records for name, value in record.segments if name == self.name)
+        if not values:
+            raise ValueError(f"{self.folder}/metadata.jsonl: no {self.name!r} in any document of split {split}")
+        return [self.folder / value for value in values]
+
+
+class _Middles(Dataset[Tensor]):
+    """The middle of each sound, or silence around it. Sounds are kept at the codec's rate once they were read."""
+
+    def __init__(self, paths: list[Path], sample_rate: int, samples: int):
+        self.paths, self.sample_rate, self.samples = paths, sample_rate, samples
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        return self._cut(key[1], 0.5)
+
+    def _cut(self, index: int, where: float) -> Tensor:
+        if index not in self._kept:
+            self._kept[index] = to_mono(read_sound(self.paths[index]), self.sample_rate)
+        waveform_T = self._kept[index]
+        spare = self.samples - len(waveform_T)
+        before = int(where * abs(spare))
+        if spare < 0:
+            return waveform_T[None, before : before + self.samples]
+        return F.pad(waveform_T[None], (before, spare - before))
+
+
+class _Cuts(_Middles):
+    """A random cut of each sound at a random loudness, decided by seed, epoch and index."""
+
+    def __init__(self, paths: list[Path], sample_rate: int, samples: int, quieter: float, seed: int):
+        super().__init__(paths, sample_rate, samples)
+        self.quieter, self.seed = quieter, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        where, loudness = torch.rand(2, generator=generator_for(self.seed, *key)).tolist()
+        return self._cut(key[1], where) * 10 ** (-self.quieter * loudness / 20)

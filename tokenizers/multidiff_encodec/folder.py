@@ -1,0 +1,218 @@
+"""A codec in a folder, `config.json` and `model.safetensors`; and codecs that others saved.
+
+Every name and shape is compared before anything is loaded. Reading runs no code from the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from encodec.model import EncodecModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from multidiff_encodec.codebook import codebooks_of
+from multidiff_encodec.model import PRESETS, CodecConfig, build_model
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+# What a codebook's training alone needs: not written, and made up where it is not found.
+_STATISTICS = (".inited", ".cluster_size", ".embed_avg")
+
+# transformers' EncodecConfig: what must be as it is in the encodec package's mono models ...
+_FIXED = {
+    "chunk_length_s": None,
+    "norm_type": "weight_norm",
+    "kernel_size": 7,
+    "last_kernel_size": 7,
+    "residual_kernel_size": 3,
+    "dilation_growth_rate": 2,
+    "pad_mode": "reflect",
+    "compress": 2,
+    "trim_right_ratio": 1.0,
+}
+# ... and what may differ, with the defaults of the 24 kHz model that its files leave out.
+_NAMES = {
+    "sample_rate": ("sampling_rate", 24_000),
+    "ratios": ("upsampling_ratios", (8, 5, 4, 2)),
+    "codebook_size": ("codebook_size", 1024),
+    "dimension": ("hidden_size", 128),
+    "encoder_filters": ("num_filters", 32),
+    "decoder_filters": ("num_filters", 32),
+    "residual_layers": ("num_residual_layers", 1),
+    "lstm_layers": ("num_lstm_layers", 2),
+    "causal": ("use_causal_conv", True),
+    "convolved_skip": ("use_conv_shortcut", True),
+}
+
+
+def write_codec(model: EncodecModel, config: CodecConfig, folder: Path) -> None:
+    """Write a codec; each file is whole or absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{WEIGHTS}.part").write_bytes(save(inference_state(model)))  # save_file would keep it from other users
+    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
+    (folder / f"{CONFIG}.part").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / f"{CONFIG}.part", folder / CONFIG)
+
+
+def inference_state(model: EncodecModel) -> dict[str, Tensor]:
+    """The weights that decide codes and sounds, on the CPU, by the encodec package's names."""
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(_STATISTICS)
+    }
+
+
+def read_codec(path: Path) -> tuple[EncodecModel, CodecConfig]:
+    """A codec from a folder that `write_codec` or transformers wrote, or from Meta's 24 kHz checkpoint file.
+
+    Raises:
+        ValueError: a file is missing, truncated, of another model, or unlike its configuration; the message names it.
+    """
+    if path.is_file():
+        config, file = PRESETS["meta-24khz"], path
+        model, state = build_model(config), _read_checkpoint(path)
+    else:
+        file = path / WEIGHTS
+        settings, state = _read_json(path / CONFIG), _read_safetensors(file)
+        if "model_type" in settings:
+            config = _config_of_transformers(settings, state, path / CONFIG)
+            model = build_model(config)
+            state = _renamed(state, model)
+        else:
+            config = _config_of_ours(settings, path / CONFIG)
+            model = build_model(config)
+    _load(model, state, file)
+    return model, config
+
+
+def keep_codebooks(model: EncodecModel, config: CodecConfig, count: int) -> CodecConfig:
+    """Drop all levels of `model` but the first `count`; codes of the kept levels stay the same."""
+    if not 1 <= count <= config.codebooks:
+        raise ValueError(f"codebooks must lie in 1 … {config.codebooks}, which these weights hold; got {count!r}")
+    del model.quantizer.vq.layers[count:]
+    model.quantizer.n_q = count
+    return replace(config, codebooks=count)
+
+
+def _load(model: EncodecModel, state: Mapping[str, Tensor], file: Path) -> None:
+    wanted = inference_state(model)
+    found = {name: tensor for name, tensor in state.items() if not name.endswith(_STATISTICS)}
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or unexpected:
+        examples = [f"no {name}" for name in missing[:2]] + [f"{name} unexpected" for name in unexpected[:2]]
+        raise ValueError(
+            f"{file} does not fit its configuration: {len(missing)} tensors missing, {len(unexpected)} unexpected "
+            f"({'; '.join(examples)})"
+        )
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: {name} is {list(found[name].shape)}, its configuration says {list(tensor.shape)}"
+            )
+    model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
+    for book in codebooks_of(model.quantizer):
+        book.started_1.fill_(1.0)
+        book.count_V.fill_(1.0)
+        book.sum_VD.copy_(book.embed_VD)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; a codec's folder holds {CONFIG} and {WEIGHTS}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no codec's configuration: expected a JSON object")
+    return settings
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a codec's folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no weights by name; expected Meta's EnCodec 24 kHz checkpoint")
+    if "encoder.model.0.conv.norm.weight" in state:
+        raise ValueError(f"{path} is the 48 kHz stereo EnCodec: {_RESCALES}")
+    return state
+
+
+_RESCALES = "its codes come with continuous scales, which fit no vocabulary; use a mono model such as the 24 kHz one"
+
+
+def _config_of_ours(settings: dict[str, Any], path: Path) -> CodecConfig:
+    known = {field.name for field in fields(CodecConfig)}
+    if known != settings.keys():
+        raise ValueError(
+            f"{path} is no codec's configuration: missing {sorted(known - settings.keys())}, "
+            f"unknown {sorted(settings.keys() - known)}"
+        )
+    try:
+        return CodecConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config_of_transformers(settings: dict[str, Any], state: dict[str, Tensor], path: Path) -> CodecConfig:
+    if settings["model_type"] != "encodec":
+        raise ValueError(f"{path} describes a {settings['model_type']!r} model, not 'encodec'")
+    if settings.get("normalize") or settings.get("audio_channels", 1) != 1:
+        raise ValueError(f"{path} describes an EnCodec such as the 48 kHz stereo one: {_RESCALES}")
+    for name, value in _FIXED.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"{path}: {name} {settings[name]!r} is none that the encodec package has; expected {value!r}"
+            )
+    values = {ours: settings.get(theirs, default) for ours, (theirs, default) in _NAMES.items()}
+    codebooks = sum(name.startswith("quantizer.layers.") and name.endswith(".codebook.embed") for name in state)
+    try:
+        return CodecConfig(codebooks=codebooks, **values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _renamed(state: dict[str, Tensor], model: EncodecModel) -> dict[str, Tensor]:
+    """Tensors of transformers' `EncodecModel`, with weight norm of either kind, under the encodec package's names."""
+    ours = {_transformers_name(name): name for name in inference_state(model)}
+    renamed = {}
+    for name, tensor in state.items():
+        older = name.replace("parametrizations.weight.original0", "weight_g")
+        older = older.replace("parametrizations.weight.original1", "weight_v")
+        renamed[ours.get(older, older)] = tensor
+    return renamed
+
+
+def _transformers_name(name: str) -> str:
+    """What transformers' `EncodecModel` calls a tensor of the encodec package's model."""
+    for ours, theirs in (
+        ("quantizer.vq.layers.", "quantizer.layers."),
+        ("._codebook.", ".codebook."),
+        ("coder.model.", "coder.layers."),
+        (".convtr.convtr.", ".conv."),
+        (".conv.conv.", ".conv."),
+    ):
+        name = name.replace(ours, theirs)
+    return name

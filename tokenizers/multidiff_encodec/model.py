@@ -1,0 +1,100 @@
+"""The `encodec` package's model in any size: SEANet encoder, residual vector quantizer, SEANet decoder.
+
+Défossez et al. 2022, "High Fidelity Neural Audio Compression" (arXiv:2210.13438), mono and without rescaling. What
+the package calls n_q are codebooks here, its bins a codebook's size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from encodec.model import EncodecModel
+from encodec.modules import SEANetDecoder, SEANetEncoder
+from encodec.quantization import ResidualVectorQuantizer
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Size of a codec.
+
+    Attributes:
+        sample_rate: of the sound, Hz.
+        ratios: upsampling factors of the decoder, first to last; the encoder goes the other way. Their product is the
+            hop: samples a frame.
+        codebooks: residual levels.
+        codebook_size: codes of each, a power of two.
+        dimension: width of latents and codes.
+        encoder_filters, decoder_filters: channels at full rate; they double at each ratio.
+        residual_layers: residual blocks a stage.
+        lstm_layers: at the lowest rate, in encoder and decoder each; 0: none.
+        causal: whether a frame sees only what came before.
+        convolved_skip: whether a 1×1 convolution is in the skip of a residual block, as in Meta's models.
+    """
+
+    sample_rate: int
+    ratios: tuple[int, ...] = (8, 5, 4, 2)
+    codebooks: int = 2
+    codebook_size: int = 1024
+    dimension: int = 128
+    encoder_filters: int = 32
+    decoder_filters: int = 32
+    residual_layers: int = 1
+    lstm_layers: int = 2
+    causal: bool = True
+    convolved_skip: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", tuple(self.ratios))
+        for name, value in vars(self).items():
+            kind = bool if name in ("causal", "convolved_skip") else int
+            least = 0 if name in ("lstm_layers", "residual_layers") else 1
+            for number in value if name == "ratios" else [value]:
+                if type(number) is not kind or number < (least if kind is int else 0):
+                    raise ValueError(f"{name} of a codec cannot be {value!r}")
+        if not self.ratios:
+            raise ValueError("a codec needs at least one ratio")
+        if self.codebook_size & (self.codebook_size - 1) or self.codebook_size == 1:
+            raise ValueError(f"codebook_size {self.codebook_size} is no power of two, which the encodec package needs")
+
+    @property
+    def hop(self) -> int:
+        """Samples a frame."""
+        return math.prod(self.ratios)
+
+
+# Meta's 24 kHz layout has 32 codebooks; 2 of them are 1.5 kbit/s, the least it was trained for.
+PRESETS = {
+    "words-8khz": CodecConfig(
+        8_000, codebooks=3, codebook_size=512, dimension=64, encoder_filters=8, decoder_filters=12, lstm_layers=1,
+        causal=False, convolved_skip=False,
+    ),
+    "16khz": CodecConfig(
+        16_000, codebooks=4, dimension=128, encoder_filters=16, decoder_filters=24, lstm_layers=1, causal=False,
+        convolved_skip=False,
+    ),
+    "meta-24khz": CodecConfig(24_000, codebooks=32),
+}  # fmt: skip
+
+
+def build_model(config: CodecConfig, seed: int = 0) -> EncodecModel:
+    """A model with random weights that `seed` decides, in evaluation mode; the global random state stays as it was."""
+    same = {
+        "dimension": config.dimension,
+        "n_residual_layers": config.residual_layers,
+        "ratios": list(config.ratios),
+        "causal": config.causal,
+        "true_skip": not config.convolved_skip,
+        "lstm": config.lstm_layers,
+    }
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # The package uses weight_norm of the older kind; its checkpoints are named after it.
+        warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
+        torch.manual_seed(seed)
+        encoder = SEANetEncoder(n_filters=config.encoder_filters, **same)
+        decoder = SEANetDecoder(n_filters=config.decoder_filters, **same)
+        quantizer = ResidualVectorQuantizer(config.dimension, config.codebooks, config.codebook_size)
+        model = EncodecModel(encoder, decoder, quantizer, [], config.sample_rate, channels=1)
+    return model.eval()

@@ -1,0 +1,85 @@
+"""Picture files to pixels and back.
+
+Shape suffixes: C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from multidiff.tokenizer import ItemError
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's mode by number of channels
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture in a file, turned upright as its EXIF tag says, otherwise as it is.
+
+    Raises:
+        ItemError: no such file, or not a whole picture; names the file.
+    """
+    if not path.is_file():
+        raise ItemError(f"{path}: no such picture; a relative path counts from the folder of metadata.jsonl")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
+        raise ItemError(f"{path} is not a readable picture ({error}); replace the file or drop its line") from error
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
+    beside = path.with_name(path.name + ".partial")
+    picture.save(beside, "PNG")
+    beside.replace(path)
+
+
+def convert(picture: Any, mode: str) -> Image.Image:
+    """A picture of any 8- or 16-bit mode as grey (ITU-R 601 luma) or RGB; what is transparent shows white behind it.
+
+    Args:
+        picture: a `PIL.Image`.
+        mode: "L" or "RGB".
+
+    Raises:
+        ItemError: no picture, or pixels of 32 bits, which have no agreed white.
+    """
+    if not isinstance(picture, Image.Image):
+        raise ItemError(f"expected a PIL.Image, not {type(picture).__name__}: {str(picture)[:40]!r}")
+    if picture.mode in ("I", "F"):
+        raise ItemError(f"a picture of mode {picture.mode!r} has no agreed white; scale it to 8 bits first")
+    if picture.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255 to white
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert(mode)
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """A grey or RGB picture as uint8 [C, H, W]."""
+    array = np.array(picture, dtype=np.uint8)
+    return torch.from_numpy(array.reshape(picture.height, picture.width, -1)).permute(2, 0, 1).contiguous()
+
+
+def from_pixels(pixels_CHW: Tensor) -> Image.Image:
+    """The inverse of `to_pixels`."""
+    array = pixels_CHW.permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if array.shape[2] == 1 else array))
+
+
+def to_signal(pixels: Tensor) -> Tensor:
+    """uint8 to what a `VQModel` takes: float32, -1 black, 1 white."""
+    return pixels.float() / 127.5 - 1
+
+
+def from_signal(signal: Tensor) -> Tensor:
+    """The inverse of `to_signal`, rounded and clamped to uint8."""
+    return ((signal.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

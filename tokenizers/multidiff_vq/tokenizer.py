@@ -1,0 +1,245 @@
+"""VQTokenizer: pictures to the codes of a `VQModel`'s one codebook and back.
+
+A picture of H×W pixels becomes (H/stride)·(W/stride) codes, row by row: the code of row r and column c stands for the
+patch of stride×stride pixels there, as seen with its surroundings.
+
+Shape suffixes: N codes of one picture, B pictures, C channels, H, W pixels, h, w codes down and across, D latent width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
+from multidiff_vq.folder import read_json, read_model, write_json, write_model
+from multidiff_vq.pictures import (
+    MODES,
+    convert,
+    from_pixels,
+    from_signal,
+    read_picture,
+    to_pixels,
+    to_signal,
+    write_picture,
+)
+
+SETTINGS = "vq_tokenizer.json"
+_PRESETS = Path(__file__).parent / "weights"
+_PIXELS_AT_ONCE = 16 * 32 * 32
+
+
+class VQTokenizer(ModalityTokenizer):
+    """Pictures of any height and width that fit the model's stride, grey or RGB as the model is.
+
+    Pictures of another mode are converted: colour to grey by ITU-R 601 luma, grey to RGB by repetition, 16 bits to 8;
+    what is transparent shows white behind it.
+
+    Args:
+        weights: a preset that comes with the package ("digits": grey, 16 codes for 32×32 pixels), or a folder with any
+            `VQModel` of diffusers, or one that `save` wrote.
+        height, width: pixels of `canvas()` without arguments; by default what the folder says: our own settings, else
+            the model's `sample_size`.
+
+    Raises:
+        ValueError: a bad folder or size; names it.
+    """
+
+    modality = "image"
+    variable_length: ClassVar[bool] = False
+
+    def __init__(self, weights: str = "digits", height: int | None = None, width: int | None = None):
+        presets = sorted(preset.name for preset in _PRESETS.iterdir() if preset.is_dir())
+        folder = _PRESETS / weights if weights in presets else Path(weights)
+        if not folder.is_dir():
+            raise ValueError(f"{weights!r} is neither a folder with a VQModel nor a preset ({', '.join(presets)})")
+        self.model = read_model(folder)
+        config = self.model.config
+        if config["in_channels"] not in MODES or config["out_channels"] != config["in_channels"]:
+            raise ValueError(
+                f"{folder}: pictures have 1 channel (grey) or 3 (RGB); this model takes {config['in_channels']} "
+                f"and gives {config['out_channels']}"
+            )
+        if len(config["up_block_types"]) != len(config["down_block_types"]):
+            raise ValueError(f"{folder}: the decoder must scale up as often as the encoder scales down")
+        self.mode = MODES[config["in_channels"]]
+        self.stride = 2 ** (len(config["block_out_channels"]) - 1)
+        self.codebook_sizes = (int(config["num_vq_embeddings"]),)
+        usual = {"height": config["sample_size"], "width": config["sample_size"]}
+        if (folder / SETTINGS).is_file():
+            usual = read_settings(folder)
+        self.height = usual["height"] if height is None else height
+        self.width = usual["width"] if width is None else width
+        if misfit := self._misfit(self.height, self.width):
+            raise ValueError(f"{folder}: the default canvas {misfit}; pass height and width")
+
+    @torch.no_grad()
+    def encode(self, items: list[Any]) -> list[Codes]:
+        """Pictures (`PIL.Image`) to codes.
+
+        Raises:
+            ItemError: no picture, or one whose size does not fit the stride.
+        """
+        pictures = []
+        for item in items:
+            picture = convert(item, self.mode)
+            if misfit := self._misfit(picture.height, picture.width):
+                raise ItemError(f"a picture {misfit}; crop, pad or resize it")
+            pictures.append(to_pixels(picture))
+        all_codes = []
+        for pixels_CHW, ids_hw in zip(pictures, self._in_batches(self._ids, pictures, 1), strict=True):
+            codes = self.canvas(height=pixels_CHW.shape[1], width=pixels_CHW.shape[2])
+            codes.ids_N = ids_hw.reshape(-1)
+            all_codes.append(codes)
+        return all_codes
+
+    @torch.no_grad()
+    def decode(self, codes: list[Codes]) -> list[Image.Image]:
+        """Codes to pictures, `L` or `RGB`.
+
+        Raises:
+            ValueError: ids outside the codebook, or not as many as the size asks for.
+        """
+        grids = []
+        for one in codes:
+            blank = self.canvas(**one.size)
+            if len(one) != len(blank):
+                raise ValueError(f"a picture of size {one.size} has {len(blank)} codes, not {len(one)}")
+            if not bool(((one.ids_N >= 0) & (one.ids_N < self.codebook_sizes[0])).all()):
+                raise ValueError(f"ids of a picture must lie in [0, {self.codebook_sizes[0]})")
+            grids.append(one.ids_N.reshape(blank.size["height"] // self.stride, -1))
+        return [from_pixels(pixels_CHW) for pixels_CHW in self._in_batches(self._pixels, grids, self.stride**2)]
+
+    def canvas(self, height: int | None = None, width: int | None = None) -> Codes:
+        """A blank picture; sizes in pixels, the tokenizer's own by default."""
+        size = {
+            "height": self.height if height is None else height,
+            "width": self.width if width is None else width,
+        }
+        if misfit := self._misfit(**size):
+            raise ValueError(f"a canvas {misfit}")
+        rows, columns = (torch.arange(side // self.stride) for side in size.values())
+        coords_N3 = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), rows, columns)
+        ids_N = torch.zeros(len(coords_N3), dtype=torch.int64)
+        return Codes(ids_N, torch.zeros_like(ids_N), coords_N3, size)
+
+    def read(self, value: Any, folder: Path) -> Image.Image:
+        """The picture in a file, of any format that Pillow reads."""
+        if not isinstance(value, str):
+            raise ItemError(f"a picture is named by the path of its file, not by {value!r}")
+        return read_picture(Path(folder) / value)
+
+    def write(self, item: Any, stem: Path) -> Path:
+        """Write the picture as the tokenizer sees it, a PNG."""
+        path = stem.with_name(stem.name + ".png")
+        write_picture(convert(item, self.mode), path)
+        return path
+
+    def preview(self, item: Any) -> Image.Image:
+        """The picture as the tokenizer sees it: grey or RGB."""
+        return convert(item, self.mode)
+
+    def examples(self) -> list[Image.Image]:
+        """Black, a ring, and a slope that is twice as wide as a usual picture."""
+        blank = Image.new(self.mode, (self.width, self.height))
+        ring = blank.copy()
+        box = (self.width // 4, self.height // 4, 3 * self.width // 4, 3 * self.height // 4)
+        ImageDraw.Draw(ring).ellipse(box, outline="white", width=max(1, self.width // 16))
+        slope = Image.linear_gradient("L").rotate(90).resize((2 * self.width, self.height)).convert(self.mode)
+        return [blank, ring, slope]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the model's configuration, and names, shapes and values of its weights."""
+        config = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that plain diffusers opens too, with our settings beside the model."""
+        write_model(self.model, folder)
+        write_settings(folder, self.height, self.width)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The tokenizer that `save` wrote into `folder`. A folder without our settings goes to the constructor."""
+        read_settings(Path(folder))
+        return cls(str(Path(folder).resolve()))  # absolute: never taken for a preset
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model to `device`."""
+        torch.nn.Module.to(self.model, device)  # diffusers' own wrapper has lost its types
+        return self
+
+    def _ids(self, pixels_BCHW: Tensor) -> Tensor:
+        latents_BDhw = self.model.encode(to_signal(pixels_BCHW)).latents
+        _, _, (_, _, ids) = self.model.quantize(latents_BDhw)
+        return ids.reshape(len(pixels_BCHW), *latents_BDhw.shape[2:])
+
+    def _pixels(self, ids_Bhw: Tensor) -> Tensor:
+        # Not VQModel.decode: whether it looks codes up depends on a flag in the model's configuration.
+        quantized_BDhw = self.model.quantize.embedding(ids_Bhw).permute(0, 3, 1, 2).contiguous()
+        guide = quantized_BDhw if self.model.config["norm_type"] == "spatial" else None
+        return from_signal(self.model.decoder(self.model.post_quant_conv(quantized_BDhw), guide))
+
+    def _in_batches(self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], pixels_each: int) -> list[Tensor]:
+        """`function` of each input, in order, computed in batches of equal shape; an entry stands for `pixels_each`.
+
+        A batch has as many places as fit `_PIXELS_AT_ONCE`, filled up with zeros: kernels for another batch size add
+        up in another order, and the last bit can decide between two codes.
+        """
+        device = next(self.model.parameters()).device
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, tensor in enumerate(inputs):
+            by_shape.setdefault(tensor.shape, []).append(index)
+        outputs: dict[int, Tensor] = {}
+        for shape, indices in by_shape.items():
+            places = max(1, _PIXELS_AT_ONCE // (shape[-2] * shape[-1] * pixels_each))
+            for start in range(0, len(indices), places):
+                chunk = indices[start : start + places]
+                batch = torch.zeros(places, *shape, dtype=inputs[chunk[0]].dtype)
+                batch[: len(chunk)] = torch.stack([inputs[index] for index in chunk])
+                outputs.update(zip(chunk, function(batch.to(device)).cpu(), strict=False))
+        return [outputs[index] for index in range(len(inputs))]
+
+    def _misfit(self, height: Any, width: Any) -> str | None:
+        """What is wrong with a size, and the nearest that fit; None where it fits."""
+        if any(type(side) is not int or side < 1 for side in (height, width)):
+            return f"of height {height!r} and width {width!r} is none: both are whole pixels, at least {self.stride}"
+        if height % self.stride == 0 and width % self.stride == 0:
+            return None
+        tall, wide = (
+            " or ".join(
+                str(fit)
+                for fit in sorted({side // self.stride * self.stride, -(-side // self.stride) * self.stride} - {0})
+            )
+            for side in (height, width)
+        )
+        return (
+            f"of height {height} and width {width} pixels does not fit the stride of {self.stride}; "
+            f"the nearest that fit: height {tall}, width {wide}"
+        )
+
+
+def read_settings(folder: Path) -> dict[str, int]:
+    """Our own settings in a saved folder: {"height": pixels, "width": pixels} of the default canvas."""
+    settings = read_json(folder / SETTINGS)
+    if settings.keys() != {"height", "width"}:
+        raise ValueError(f"{folder / SETTINGS} must hold height and width, not {', '.join(settings) or 'nothing'}")
+    return settings
+
+
+def write_settings(folder: Path, height: int, width: int) -> None:
+    """Write what `read_settings` reads."""
+    write_json({"height": height, "width": width}, folder / SETTINGS)
