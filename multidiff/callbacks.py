@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -34,7 +34,8 @@ def progress(trainer: Trainer, step: int) -> float:
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
             elapsed = callback.time_elapsed()
-            parts.append(elapsed / max(1e-9, elapsed + left))
+            # Every rank by the first one's clock: replicas that differ in learning rate drift apart.
+            parts.append(trainer.strategy.broadcast(elapsed / max(1e-9, elapsed + left)))
     return min(1.0, max(parts))
 
 
@@ -55,7 +56,12 @@ class SaveModel(Callback):
         self.samples_seen += batch.num_documents * trainer.world_size
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.interrupted or not trainer.is_global_zero:
+        if trainer.interrupted:
+            return
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.save_last:
+            # The end of a training lies between two periodic checkpoints: `last` is to be the model that is saved.
+            trainer.save_checkpoint(Path(str(trainer.checkpoint_callback.dirpath)) / "last.ckpt")
+        if not trainer.is_global_zero:
             return
         _pipeline(trainer, pl_module).save_pretrained(self.folder)
         timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # pyright: ignore[reportAttributeAccessIssue]
@@ -64,7 +70,9 @@ class SaveModel(Callback):
             "samples_seen": self.samples_seen,
             "seconds": round(timers[0].time_elapsed(), 1) if timers else None,
         }
-        (self.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial = self.folder / "training.json.partial"
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.folder / "training.json")
         rank_zero_info(f"Saved the model in {self.folder}.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +98,7 @@ class Previews(Callback):
         self._validations = 0
 
     @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not isinstance(trainer.logger, TensorBoardLogger):
             return
         self._validations += 1

@@ -1,6 +1,6 @@
 """The `multidiff` command. Looks at its first word before it imports anything heavy.
 
-multidiff fit|validate|test|predict --config configs/digits.yaml     Lightning's CLI: train and evaluate
+multidiff fit|validate|test --config configs/digits.yaml     Lightning's CLI: train and evaluate
 multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blanks of a document
 multidiff plugins                                                    tokenizer plugins installed here
 """
@@ -17,7 +17,6 @@ _TRAINING = {
     "fit": "train a model or a tokenizer (Lightning CLI)",
     "validate": "loss on the validation split, in nats per token",
     "test": "loss on the test split, in nats per token",
-    "predict": "write what the model makes of the data set",
 }
 _HELP = f"""usage: multidiff [--version] COMMAND ...
 
@@ -27,7 +26,6 @@ training commands, all with --config FILE.yaml and --print_config:
   fit        {_TRAINING["fit"]}
   validate   {_TRAINING["validate"]}
   test       {_TRAINING["test"]}
-  predict    {_TRAINING["predict"]}
 
 generating:
   generate   fill in the blanks of a document; presets: generate caption | image | audio

@@ -245,8 +245,8 @@ class Objective:
         batch: TokenBatch,
         noise: Noise,
         average: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The loss, and each segment's share of it before division, nats_S.
+    ) -> Tensor:
+        """The loss.
 
         Args:
             average: mean of a scalar over all ranks, so that every token counts the same wherever it is. DDP takes
@@ -255,4 +255,4 @@ class Objective:
         nats_S = weighted_nats(logits, asked, batch, noise, weighted=self.weighting == "elbo")
         counted_BL = noise.target_BL if self.normalisation == "targets" else noise.predicted_BL
         count = average(counted_BL.sum().float()).clamp_min(1)
-        return nats_S.sum() / count, nats_S.detach()
+        return nats_S.sum() / count

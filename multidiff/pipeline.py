@@ -104,6 +104,7 @@ class _Run:
     scale: float
     documents: list[int]  # of each row
     place_RN: Tensor  # flat position in B·L; 0 at padding
+    inside_RN: Tensor  # of a `Partial` of varying length, whose end is known: a stop cannot be drawn
     sample_RN: Tensor
     state: State
 
@@ -167,7 +168,8 @@ class MultiDiffPipeline(DiffusionPipeline):
             documents: lists of `Given`, `Blank` and `Partial` segments, at least one of them with something unknown.
             num_inference_steps: steps for every tokenizer; None takes each sampler's own.
             guidance_scale: classifier-free guidance for every tokenizer, 1 is none; None takes each sampler's own.
-                The null is the document with its given segments masked; a document without any is not guided.
+                The null is the document with its given segments masked. A document without any is not guided by a
+                saved scale, and refused with one that is asked for here.
             generator: one per document, for samples that do not depend on the batch; or one for all; None draws a
                 fresh seed. torch's global generator is never touched.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"documents": …})` after every step, with
@@ -182,7 +184,10 @@ class MultiDiffPipeline(DiffusionPipeline):
         generators = _generators(generator, len(documents))
         segments = self._segments(documents)
         batch = self.sequencer.batch(segments).to(self.transformer.device)
-        runs = self._runs(batch, num_inference_steps, guidance_scale)
+        lengths_vary = {name for name, layout in self.vocabulary.tokenizers.items() if layout.variable_length}
+        inside = [isinstance(p, Partial) and p.tokenizer in lengths_vary for document in documents for p in document]
+        inside_S = torch.tensor(inside, device=batch.ids_BL.device)
+        runs = self._runs(batch, inside_S, num_inference_steps, guidance_scale)
         null_BL = None
         if any(run.scale != 1 for run in runs):
             null_BL = self._null(batch, segments, required=guidance_scale is not None)
@@ -205,7 +210,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         codes: dict[int, Codes] = {}
         for name in {part.tokenizer: None for part in given}:
             self.vocabulary.layout(name)
-            parts = [part for part in given if part.tokenizer == name]
+            parts = list({id(part): part for part in given if part.tokenizer == name}.values())
             encoded = self.tokenizers[name].encode([part.item for part in parts])
             codes |= {id(part): code for part, code in zip(parts, encoded, strict=True)}
         segments = []
@@ -216,8 +221,10 @@ class MultiDiffPipeline(DiffusionPipeline):
                     row.append(self.sequencer.given(part.tokenizer, codes[id(part)]))
                 elif isinstance(part, Blank):
                     row.append(self.sequencer.blank(part.tokenizer, self._blank_size(part)))
-                else:
+                elif isinstance(part, Partial):
                     row.append(_partial(self.sequencer.given(part.tokenizer, part.codes), part))
+                else:
+                    raise ValueError(f"document {number}: {part!r} is no Given, Blank or Partial segment")
             if all(bool(segment.known_N.all()) for segment in row):
                 raise ValueError(f"document {number} has nothing to fill in: give it a Blank or a Partial segment")
             segments.append(row)
@@ -227,12 +234,13 @@ class MultiDiffPipeline(DiffusionPipeline):
         self.vocabulary.layout(part.tokenizer)
         return {**(self.samplers[part.tokenizer].config.get("canvas") or {}), **part.size}
 
-    def _runs(self, batch: TokenBatch, steps: int | None, scale: float | None) -> list[_Run]:
+    def _runs(self, batch: TokenBatch, inside_S: Tensor, steps: int | None, scale: float | None) -> list[_Run]:
         """Gather the unknown positions of each tokenizer: a row for each document that has any."""
         runs = []
         unknown_P = ~batch.known_BL.flatten()
         tokenizer_P = batch.tokenizer_S[batch.segment_BL.clamp_min(0)].flatten()
         document_P, span_P = batch.document_BL.flatten(), batch.span_BL.flatten()
+        segment_P = batch.segment_BL.flatten()
         for place, (name, spans) in enumerate(self.vocabulary.spans.items()):
             flat_U = torch.nonzero(unknown_P & (tokenizer_P == place)).flatten()
             if not len(flat_U):
@@ -251,10 +259,10 @@ class MultiDiffPipeline(DiffusionPipeline):
             levels_RN = (span_P[place_RN] - self.vocabulary.first_span[name]).where(sample_RN >= 0, 0)
             coords_RN3 = batch.positions_BL3.flatten(0, 1)[place_RN]
             own = sampler.config["num_inference_steps"] if steps is None else steps
-            sampler.set_timesteps(own)
             state = sampler.start(sample_RN, levels_RN, coords_RN3, own)
             strength = sampler.config["guidance_scale"] if scale is None else scale
-            runs.append(_Run(name, sampler, own, strength, rows.tolist(), place_RN, sample_RN, state))
+            inside_RN = inside_S[segment_P[place_RN]] & (sample_RN >= 0)
+            runs.append(_Run(name, sampler, own, strength, rows.tolist(), place_RN, inside_RN, sample_RN, state))
         return runs
 
     def _null(self, batch: TokenBatch, segments: Sequence[Sequence[Segment]], required: bool) -> Tensor:
@@ -286,9 +294,10 @@ class MultiDiffPipeline(DiffusionPipeline):
         if not active:
             return
         guided = null_BL is not None and any(run.scale != 1 for run, _ in active)
+        conditioned = set(batch.document_BL[null_BL].tolist()) if guided else set()
         busy = ((run, row) for run, where_RN in active for row, left in enumerate(where_RN.any(1).tolist()) if left)
         for document in {run.documents[row] for run, row in busy}:
-            nfe[document] += 2 if guided else 1
+            nfe[document] += 2 if guided and document in conditioned else 1
         asked = {run.name: where_RN for run, where_RN in active}
         places = {run.name: run.place_RN[where_RN] for run, where_RN in active}
         levels = {run.name: run.state.levels_RN[where_RN] for run, where_RN in active}
@@ -299,10 +308,14 @@ class MultiDiffPipeline(DiffusionPipeline):
             if guided and null_BL is not None
             else conditional
         )
-        for run, _ in active:
+        for run, where_RN in active:
             logits_MV = conditional[run.name]
             if run.scale != 1:
                 logits_MV = guide(logits_MV, unconditional[run.name], run.scale)
+            inside = torch.nonzero(run.inside_RN[where_RN]).flatten()
+            if len(inside):
+                stops = self.vocabulary.stop_codes(run.name, levels[run.name][inside])
+                logits_MV = logits_MV.index_put((inside, stops), logits_MV.new_tensor(-torch.inf))
             output = run.sampler.step(
                 logits_MV,
                 run.steps - 1 - step,
@@ -328,12 +341,13 @@ class MultiDiffPipeline(DiffusionPipeline):
             rows.append(row_N)
         logits = self.transformer(ids_BL, batch.positions_BL3, batch.document_BL, queries)
         gathered: dict[str, Tensor] = {}
+        exact = torch.float64 if self.transformer.dtype == torch.float64 else torch.float32
         for (name, _, (start, stop)), row_N, logits_NV in zip(self.vocabulary.flat_spans, rows, logits, strict=True):
             if name in places:
                 size = max(b - a for a, b in self.vocabulary.spans[name])
                 if name not in gathered:
-                    gathered[name] = logits_NV.new_full((len(places[name]), size), -torch.inf)
-                gathered[name][row_N, : stop - start] = torch.log_softmax(logits_NV.float(), -1).to(logits_NV.dtype)
+                    gathered[name] = logits_NV.new_full((len(places[name]), size), -torch.inf, dtype=exact)
+                gathered[name][row_N, : stop - start] = torch.log_softmax(logits_NV.to(exact), -1)
         return gathered
 
     def _current(self, batch: TokenBatch, segments: Sequence[Sequence[Segment]], ids_P: Tensor) -> list[list[Segment]]:
@@ -383,7 +397,12 @@ class MultiDiffPipeline(DiffusionPipeline):
         ]
 
     def save_pretrained(
-        self, save_directory: str | Path, max_shard_size: int | str = "10GB", *, safe_serialization: bool = True
+        self,
+        save_directory: str | Path,
+        max_shard_size: int | str = "10GB",
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
     ) -> None:
         """Write the model as one folder: `model_index.json`, `transformer/`, `vocabulary.json`, `tokenizers/<name>/`,
         `samplers.json` and a card. It appears whole or not at all. `push_to_hub(repo_id)` uploads such a folder.
@@ -391,10 +410,10 @@ class MultiDiffPipeline(DiffusionPipeline):
         Args:
             save_directory: the folder; an earlier model there is replaced.
             max_shard_size: of the transformer's safetensors files.
-            safe_serialization: diffusers' argument; only safetensors are written.
+            safe_serialization, variant: diffusers' arguments; only plain safetensors are written.
         """
-        if not safe_serialization:
-            raise ValueError("multidiff writes safetensors only: leave safe_serialization=True")
+        if not safe_serialization or variant is not None:
+            raise ValueError("multidiff writes plain safetensors only: leave safe_serialization and variant alone")
         saving.save(self, Path(save_directory), max_shard_size)
 
     @classmethod

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 Parts = tuple[MaskedDiffusionTransformer, SharedVocabulary, dict[str, ModalityTokenizer], dict[str, MaskSampler]]
 
+_FILES = {
+    *("model_index.json", "transformer", "vocabulary.json", "tokenizers", "samplers.json", "README.md"),
+    "training.json",
+}
 _INDEX = {
     "_class_name": "MultiDiffPipeline",
     "transformer": ["multidiff.transformer", "MaskedDiffusionTransformer"],
@@ -47,8 +51,10 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
     for tokenizer in pipeline.tokenizers.values():
         plugins.name_of(tokenizer)
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found - {"README.md"} and "model_index.json" not in found:
-        raise ValueError(f"{folder} exists and holds no model; choose another folder")
+    if foreign := found - _FILES:
+        raise ValueError(f"{folder} holds {min(foreign)}, which is no part of a multidiff model; choose another folder")
+    if "model_index.json" in found:
+        _check_index(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -65,8 +71,13 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             folder.rename(old / "model")
-            beside.rename(folder)
-            shutil.rmtree(old)
+            try:
+                beside.rename(folder)
+            except BaseException:
+                (old / "model").rename(folder)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             beside.rename(folder)
     except BaseException:
@@ -78,12 +89,7 @@ def load_folder(folder: Path) -> Parts:
     """The parts of a model saved by `save`; `ValueError` naming the first file that is missing or wrong."""
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: give the folder of a saved model, or a .ckpt file")
-    index = read_json(folder / "model_index.json")
-    for key, value in _INDEX.items():
-        if index.get(key) != value:
-            raise ValueError(
-                f"{folder / 'model_index.json'}: {key} is {index.get(key)!r}, not {value!r}; no multidiff model"
-            )
+    _check_index(folder)
     vocabulary = SharedVocabulary.load(folder)
     tokenizers = {}
     for name, layout in vocabulary.tokenizers.items():
@@ -99,6 +105,15 @@ def load_folder(folder: Path) -> Parts:
     return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(folder / "samplers.json"))
 
 
+def _check_index(folder: Path) -> None:
+    index = read_json(folder / "model_index.json")
+    for key, value in _INDEX.items():
+        if index.get(key) != value:
+            raise ValueError(
+                f"{folder / 'model_index.json'}: {key} is {index.get(key)!r}, not {value!r}; no multidiff model"
+            )
+
+
 def load_checkpoint(path: Path) -> Parts:
     """The parts of a model from a Lightning checkpoint: averaged weights where training averaged them.
 
@@ -110,17 +125,19 @@ def load_checkpoint(path: Path) -> Parts:
         # Memory-mapped: optimizer states are not read.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = checkpoint["multidiff"]
+        recipe = saved["vocabulary"], saved["tokenizers"], saved["transformer"], saved["samplers"]
         weights = dict(checkpoint["state_dict"])
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint of a multidiff model, or it is damaged ({reason})") from None
-    vocabulary = SharedVocabulary.from_dict(saved["vocabulary"], str(path))
-    tokenizers = plugins.build(saved["tokenizers"])
+    layout, specs, config, settings = recipe
+    vocabulary = SharedVocabulary.from_dict(layout, str(path))
+    tokenizers = plugins.build(specs)
     SharedVocabulary.of(tokenizers).check(vocabulary, str(path))
-    transformer = build_transformer({**saved["transformer"], "vocabulary_rows": vocabulary.rows}, str(path))
+    transformer = build_transformer({**config, "vocabulary_rows": vocabulary.rows}, str(path))
     prefix = "transformer."
     fill(transformer, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, str(path))
-    return transformer, vocabulary, tokenizers, load_samplers(saved["samplers"], vocabulary, str(path))
+    return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path))
 
 
 def load_samplers(settings: Mapping[str, Any], vocabulary: SharedVocabulary, where: str) -> dict[str, MaskSampler]:
@@ -158,6 +175,8 @@ def fill(transformer: MaskedDiffusionTransformer, weights: Mapping[str, Tensor],
                 f"{where}: {name} has shape {list(weights[name].shape)}, "
                 f"but its configuration says {list(tensor.shape)}"
             )
+    if len({weight.dtype for weight in weights.values()}) != 1 or not next(iter(weights.values())).is_floating_point():
+        raise ValueError(f"{where} mixes number formats; it was not written by multidiff")
     nn.Module.to(transformer, next(iter(weights.values())).dtype)  # diffusers' own `to` does not take one alone
     transformer.load_state_dict(dict(weights))
     transformer.eval()
@@ -168,10 +187,16 @@ def _load_transformer(folder: Path) -> MaskedDiffusionTransformer:
     config = read_json(path)
     if config.get("_class_name") != MaskedDiffusionTransformer.__name__:
         raise ValueError(f"{path}: class {config.get('_class_name')!r} is not {MaskedDiffusionTransformer.__name__}")
-    transformer = build_transformer({k: v for k, v in config.items() if not k.startswith("_")}, str(path))
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    if missing := MaskedDiffusionTransformer._get_init_keys(MaskedDiffusionTransformer) - {"self"} - settings.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; the file is incomplete")
+    transformer = build_transformer(settings, str(path))
     files = sorted(folder.glob("*.safetensors"))
     if indexes := sorted(folder.glob("*.safetensors.index.json")):
-        files = [folder / name for name in sorted(set(read_json(indexes[0])["weight_map"].values()))]
+        names = read_json(indexes[0]).get("weight_map")
+        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+            raise ValueError(f"{indexes[0]} is damaged: it names no files of its own folder")
+        files = [folder / name for name in sorted(set(names.values()))]
     if not files:
         raise ValueError(f"{folder} holds no .safetensors file: the model folder is incomplete")
     weights: dict[str, Tensor] = {}

@@ -86,15 +86,15 @@ class MaskedDiffusionModule(LightningModule):
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> Tensor:
         generator = generator_for(self.seed, self.current_epoch, batch_index, self.global_rank)
-        cpu = batch.to("cpu") if batch.ids_BL.is_cuda else batch
-        role_S, group_S = draw_roles(cpu, self.tasks, self.vocabulary, generator)
+        role_S, group_S = draw_roles(batch, self.tasks, self.vocabulary, generator)
         t_S = draw_levels(role_S, group_S, generator)
         noise = corrupt(batch, role_S, t_S, self.objective.schedule, generator)
         asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
         logits = self(batch, noise.ids_BL, asked)
-        loss, nats_S = self.objective(logits, asked, batch, noise, self._average)
+        loss = self.objective(logits, asked, batch, noise, self._average)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
-        for name, value in self._per_tokenizer(batch, nats_S, (role_S == TARGET).to(nats_S.device)).items():
+        bound_S = weighted_nats(logits, asked, batch, noise).detach()
+        for name, value in self._per_tokenizer(batch, bound_S, (role_S == TARGET).to(bound_S.device)).items():
             self.log(f"train/{name}", value[0] / value[1].clamp_min(1), prog_bar=True, batch_size=1)
         return loss
 

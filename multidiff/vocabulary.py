@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -52,6 +53,9 @@ class SharedVocabulary:
     def __init__(self, tokenizers: Mapping[str, TokenizerLayout]):
         if not tokenizers:
             raise ValueError("a vocabulary needs at least one tokenizer")
+        for name in tokenizers:  # a name is a folder in a saved model, and a word on the command line
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name == "others":
+                raise ValueError(f"a tokenizer cannot be called {name!r}: letters, digits, - and _, and not 'others'")
         self.tokenizers = dict(tokenizers)
         self.begin_ids = {name: BOS + 1 + 2 * index for index, name in enumerate(self.tokenizers)}
         self.end_ids = {name: begin + 1 for name, begin in self.begin_ids.items()}

@@ -1,6 +1,7 @@
 """The pipeline: any combination in and out, saved and loaded whole or not at all."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -93,6 +94,15 @@ def test_known_codes_are_kept_bit_for_bit(pipe):
     assert torch.equal(result.codes.ids_N[:2], speech.ids_N[:2])
 
 
+def test_a_partial_segment_does_not_end_within_what_is_known(pipe):
+    codes = pipe.tokenizers["note"].encode([[1, 2, 3, 4, 5, 0]])[0]
+    known_N = torch.tensor([True, False, False, False, False, True])
+    for seed in range(30):
+        result = pipe([[Partial("note", codes, known_N)]], generator=generator(seed)).documents[0][0]
+        assert len(result.item) == 6
+        assert (result.item[0], result.item[5]) == (1, 0)
+
+
 def test_steps_nfe_and_callback(pipe):
     seen = []
 
@@ -128,6 +138,7 @@ def test_bad_requests(pipe):
         ([[Blank("nose")]], {}, "no tokenizer is called 'nose'; this vocabulary has picture, speech, note"),
         ([[Given("nose", 1), Blank("note")]], {}, "no tokenizer is called 'nose'"),
         ([[Blank("picture", frames=3)]], {}, "canvas of picture"),
+        ([["note", Blank("note")]], {}, "document 0: 'note' is no Given"),
         ([[Blank("note")]], {"guidance_scale": 2.0}, "document 0 has no given segment"),
         ([[Blank("note")]], {"num_inference_steps": 0}, "at least 1"),
         ([[Blank("note")]], {"generator": [generator(), generator()]}, "2 generators for 1 documents"),
@@ -169,12 +180,30 @@ def test_save_and_load(saved, tmp_path):
     three = MultiDiffPipeline.from_pretrained(tmp_path / "sharded")
     three.set_progress_bar_config(disable=True)
     assert items(three(documents, generator=[generator(0), generator(1)]).documents) == items(one.documents)
+    with pytest.raises(ValueError, match="cannot be called 'others'"):
+        SharedVocabulary.of({"others": BPETokenizer()})
+    with pytest.raises(ValueError, match="cannot be called"):
+        SharedVocabulary.of({"../evil": BPETokenizer()})
+    edit(tmp_path / "sharded" / "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(ValueError, match="no multidiff model"):
+        loaded.save_pretrained(tmp_path / "sharded")
     with pytest.raises(ValueError, match="safetensors only"):
         loaded.save_pretrained(folder, safe_serialization=False)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").touch()
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(ValueError, match=r"holds a.jpg, which is no part"):
         loaded.save_pretrained(tmp_path / "photos")
+
+
+def test_push_to_hub_uploads_such_a_folder(saved, monkeypatch):
+    pipeline, _ = saved
+    uploaded = []
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *a, **k: type("Repo", (), {"repo_id": "me/it"}))
+    monkeypatch.setattr(
+        type(pipeline), "_upload_folder", lambda self, folder, *a, **k: uploaded.extend(os.listdir(folder))
+    )
+    pipeline.push_to_hub("me/it")
+    assert {"model_index.json", "transformer", "tokenizers"} <= set(uploaded)
 
 
 def test_a_tokenizer_that_is_no_plugin_cannot_be_saved(pipe, tmp_path):
@@ -187,6 +216,10 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def drop(path, key):
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
 DAMAGE = {
     "model_index.json is missing": lambda f: (f / "model_index.json").unlink(),
     "model_index.json: _class_name is 'os.system'": lambda f: edit(f / "model_index.json", _class_name="os.system"),
@@ -196,6 +229,7 @@ DAMAGE = {
     "no sampler setting is called 'tempo'": lambda f: edit(f / "samplers.json", text={"tempo": 1}),
     "text is missing": lambda f: shutil.rmtree(f / "tokenizers" / "text"),
     "config.json is missing": lambda f: (f / "transformer" / "config.json").unlink(),
+    "config.json lacks rope_theta": lambda f: drop(f / "transformer" / "config.json", "rope_theta"),
     "unknown transformer setting 'wings'": lambda f: edit(f / "transformer" / "config.json", wings=2),
     "class 'UNet' is not": lambda f: edit(f / "transformer" / "config.json", _class_name="UNet"),
     "has shape .* but its configuration says": lambda f: edit(f / "transformer" / "config.json", intermediate_size=64),

@@ -86,7 +86,7 @@ class DocumentData(LightningDataModule):
             batch_sampler=order,
             collate_fn=self._collate,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            generator=generator_for(self.seed),  # or it would draw from torch's global one
         )
 
     def val_dataloader(self) -> StatefulDataLoader:
@@ -101,7 +101,11 @@ class DocumentData(LightningDataModule):
         indices = [(0, index) for index in range(rank, len(documents), ranks)]
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
         return StatefulDataLoader(
-            documents, batch_sampler=batches, collate_fn=self._collate, num_workers=self.num_workers
+            documents,
+            batch_sampler=batches,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+            generator=generator_for(self.seed),
         )
 
     def documents(self, split: str) -> Documents:

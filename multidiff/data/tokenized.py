@@ -51,8 +51,7 @@ def shards(
         num_workers: processes that read files.
 
     Raises:
-        ValueError: a damaged `metadata.jsonl`, an unknown tokenizer name, a bad item under "raise"; or a split of
-            which every document was left out.
+        ValueError: a damaged `metadata.jsonl`, an unknown tokenizer name, a bad item under "raise".
     """
     records = read_metadata(folder)
     for record in records:
@@ -69,7 +68,11 @@ def shards(
         try:
             beside.chmod(0o755)
             _tokenize(folder, records, tokenizers, beside, on_error, num_workers)
-            beside.rename(place)
+            try:
+                beside.rename(place)
+            except OSError:
+                if not place.is_dir():  # else another run was quicker
+                    raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     _report(place)
@@ -84,7 +87,9 @@ def open_split(place: Path, split: str) -> Dataset:
     """
     parts = sorted((place / split).glob("part-*"))
     if not parts:
-        raise ValueError(f"no document of split {split!r}; give some lines of metadata.jsonl that split")
+        skipped = len(json.loads((place / "skipped.json").read_text(encoding="utf-8")))
+        hint = f"{skipped} documents were left out, see {place / 'skipped.json'}" if skipped else "give some lines it"
+        raise ValueError(f"no document of split {split!r} in metadata.jsonl: {hint}")
     datasets = [load_from_disk(str(part)) for part in parts]
     return concatenate_datasets([dataset for dataset in datasets if isinstance(dataset, Dataset)])
 
@@ -162,6 +167,10 @@ class _Encoder(LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # items of any kind; tokenizers move what they need
+
+    def on_predict_end(self) -> None:
+        for tokenizer in self.codecs.values():
+            tokenizer.to("cpu")
 
     def predict_step(self, batch: list[tuple[Record, list[Any]]]) -> list[dict[str, Any]]:
         for name, tokenizer in self.codecs.items():
