@@ -81,7 +81,7 @@ def _stages(options: argparse.Namespace) -> dict[str, list[str]]:
     judge = ["python", "-m", "demo.evaluate", "--output", output, "--seed", seed, "--num", str(options.num)]
     return {
         "data": prepare,
-        "text tokenizer": ["python", "-m", "multidiff_bpe", "--data", data, "--vocab-size", "300", "--output", text],
+        "text tokenizer": ["python", "-m", "multidiff_bpe", "--data", data, "--vocab-size", "512", "--output", text],
         "training": ["multidiff", "fit", *model],
         "bound": ["multidiff", "test", *model, "--ckpt_path", f"{output}/checkpoints/last.ckpt"],
         "report": judge,

@@ -339,7 +339,7 @@ class MultiDiffPipeline(DiffusionPipeline):
             row_N = torch.nonzero(levels[name] == level).flatten() if name in places else nowhere
             queries.append((places[name][row_N] if name in places else nowhere, span))
             rows.append(row_N)
-        logits = self.transformer(ids_BL, batch.positions_BL3, batch.document_BL, queries)
+        logits = self.transformer(ids_BL, batch.positions_BL3, batch.document_BL, queries, batch.coords_BL3)
         gathered: dict[str, Tensor] = {}
         exact = torch.float64 if self.transformer.dtype == torch.float64 else torch.float32
         for (name, _, (start, stop)), row_N, logits_NV in zip(self.vocabulary.flat_spans, rows, logits, strict=True):

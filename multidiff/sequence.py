@@ -60,6 +60,7 @@ class TokenBatch:
     Attributes:
         ids_BL: int64, shared ids; `<pad>` fills up.
         positions_BL3: int64, rotary positions.
+        coords_BL3: int64, coordinates within the segment; -1 at structure and padding.
         document_BL: int64, index of the document within the batch; -1 at padding.
         segment_BL: int64, index of the segment within the batch; -1 at structure and padding.
         span_BL: int64, span index in the vocabulary (`SharedVocabulary.flat_spans`); -1 at structure and padding.
@@ -71,6 +72,7 @@ class TokenBatch:
 
     ids_BL: Tensor
     positions_BL3: Tensor
+    coords_BL3: Tensor
     document_BL: Tensor
     segment_BL: Tensor
     span_BL: Tensor
@@ -167,6 +169,7 @@ class Sequencer:
         shape = (len(rows), width)
         ids_BL = torch.full(shape, PAD)
         positions_BL3 = torch.zeros(*shape, 3, dtype=torch.int64)
+        coords_BL3 = torch.full((*shape, 3), -1)
         document_BL = torch.full(shape, -1)
         segment_BL = torch.full(shape, -1)
         span_BL = torch.full(shape, -1)
@@ -177,10 +180,11 @@ class Sequencer:
         for row, members in enumerate(rows):
             start = 0
             for index in members:
-                ids_L, positions_L3, segment_L, span_L, known_L = pieces[index]
+                ids_L, positions_L3, coords_L3, segment_L, span_L, known_L = pieces[index]
                 place = slice(start, start + lengths[index])
                 ids_BL[row, place] = ids_L
                 positions_BL3[row, place] = positions_L3
+                coords_BL3[row, place] = coords_L3
                 document_BL[row, place] = index
                 segment_BL[row, place] = torch.where(segment_L < 0, -1, segment_L + first_segment[index])
                 span_BL[row, place] = span_L
@@ -192,6 +196,7 @@ class Sequencer:
         return TokenBatch(
             ids_BL,
             positions_BL3,
+            coords_BL3,
             document_BL,
             segment_BL,
             span_BL,
@@ -202,12 +207,12 @@ class Sequencer:
         )
 
     def _tokens(self, document: Document) -> tuple[Tensor, ...]:
-        """ids_L, positions_L3, segment_L (from 0 within the document), span_L, known_L of one document."""
+        """ids_L, positions_L3, coords_L3, segment_L (from 0 within the document), span_L, known_L of one document."""
         if not document:
             raise ValueError("a document needs at least one segment")
         vocabulary = self.vocabulary
-        structure, true = torch.tensor([-1]), torch.tensor([True])
-        ids, positions = [torch.tensor([BOS])], [torch.zeros(1, 3, dtype=torch.int64)]
+        structure, nowhere_13, true = torch.tensor([-1]), torch.full((1, 3), -1), torch.tensor([True])
+        ids, positions, coords = [torch.tensor([BOS])], [torch.zeros(1, 3, dtype=torch.int64)], [nowhere_13]
         segments, spans, known = [structure], [structure], [true]
         cursor = 1
         for index, segment in enumerate(document):
@@ -220,11 +225,12 @@ class Sequencer:
             inside_N3 = segment.coords_N3 + cursor + 1
             last = int(inside_N3.max()) + 1 if len(segment) else cursor + 1
             positions += [torch.full((1, 3), cursor), inside_N3, torch.full((1, 3), last)]
+            coords += [nowhere_13, segment.coords_N3, nowhere_13]
             cursor = last + 1
             segments += [structure, torch.full((len(segment),), index), structure]
             spans += [structure, vocabulary.first_span[name] + segment.levels_N, structure]
             known += [true, segment.known_N, true]
-        return tuple(torch.cat(parts) for parts in (ids, positions, segments, spans, known))
+        return tuple(torch.cat(parts) for parts in (ids, positions, coords, segments, spans, known))
 
 
 def _first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:

@@ -82,7 +82,7 @@ class MaskedDiffusionModule(LightningModule):
         return copied
 
     def forward(self, batch: TokenBatch, ids_BL: Tensor, asked: Any) -> list[Tensor]:
-        return self.transformer(ids_BL, batch.positions_BL3, batch.document_BL, asked)
+        return self.transformer(ids_BL, batch.positions_BL3, batch.document_BL, asked, batch.coords_BL3)
 
     def training_step(self, batch: TokenBatch, batch_index: int) -> Tensor:
         generator = generator_for(self.seed, self.current_epoch, batch_index, self.global_rank)

@@ -4,6 +4,9 @@ Like Llama: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 - attention is bidirectional within a document and closed between documents that share a row;
 - a token has a position on three axes; frequency j of head_dim / 2 turns with axis j mod 3, so three equal
   coordinates give Llama's rotary exactly;
+- a code's coordinates within its segment are added to its embedding as Fourier features, which make every place of a
+  grid a direction of its own. Rotary alone ties what stands where only through attention, and takes several times
+  as many examples to;
 - no time input: the number of masks tells the noise level (Ou et al. 2024, arXiv 2406.03736);
 - the head evaluates only the positions and the span of the vocabulary that it is asked for.
 
@@ -26,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from multidiff.vocabulary import Span
 
+INITIAL_STD = 0.02
+
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
     """Logits of masked tokens given everything else in their document.
@@ -38,6 +43,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         num_key_value_heads: K ≤ H, shared by H / K query heads each; None means H.
         intermediate_size: width of the SwiGLU; None means 8/3 D, rounded up to a multiple of 64.
         rope_theta: base of the rotary frequencies.
+        coordinate_features: add `fourier_features` of the coordinates to embeddings. Llama has none.
         norm_epsilon: of every RMSNorm.
         qk_norm: RMSNorm over each head's queries and keys.
         attention_bias: biases of the query, key and value projections.
@@ -58,6 +64,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         num_key_value_heads: int | None = None,
         intermediate_size: int | None = None,
         rope_theta: float = 10_000.0,
+        coordinate_features: bool = True,
         norm_epsilon: float = 1e-6,
         qk_norm: bool = True,
         attention_bias: bool = False,
@@ -91,7 +98,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
     def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights: N(0, 0.02²), and 0.02 / √(2 · layers) where a block writes to the residual stream
         (Radford et al. 2019, GPT-2, section 2.3)."""
-        residual = 0.02 / math.sqrt(2 * len(self.blocks))
+        residual = INITIAL_STD / math.sqrt(2 * len(self.blocks))
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -99,7 +106,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
                 nn.init.ones_(weight)
             else:
                 writes = name.endswith(("attention.output.weight", "mlp.down.weight"))
-                nn.init.normal_(weight, std=residual if writes else 0.02, generator=generator)
+                nn.init.normal_(weight, std=residual if writes else INITIAL_STD, generator=generator)
 
     def forward(
         self,
@@ -107,6 +114,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         positions_BL3: Tensor,
         document_BL: Tensor,
         queries: Sequence[tuple[Tensor, Span]],
+        coords_BL3: Tensor | None = None,
     ) -> list[Tensor]:
         """Logits where they are asked for.
 
@@ -117,6 +125,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             queries: (index_N, (start, stop)): evaluate shared ids start ≤ id < stop at flat positions index_N of B·L.
                 Spans are disjoint. One may ask for no position; it then returns an empty tensor that still is part
                 of the graph, so that every rank of a distributed run uses the same parameters.
+            coords_BL3: coordinates within the segment, negative at tokens outside of any; None where all are.
 
         Returns:
             One [N, stop - start] tensor for each query.
@@ -126,6 +135,8 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         cos_BL1E, sin_BL1E = rotary(positions_BL3, frequencies_F, self.dtype)
         mask_B1LL = (document_BL[:, None, :, None] == document_BL[:, None, None, :]) if _closed(document_BL) else None
         hidden_BLD = self.embed(ids_BL)
+        if self.config["coordinate_features"] and coords_BL3 is not None:
+            hidden_BLD = hidden_BLD + INITIAL_STD * fourier_features(coords_BL3, hidden_BLD)
         for block in self.blocks:
             arguments = (hidden_BLD, cos_BL1E, sin_BL1E, mask_B1LL)
             if self.gradient_checkpointing and self.training:
@@ -235,6 +246,22 @@ def rotary(positions_BL3: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> 
     angle_BLF = positions_BL3[..., axis_F].to(exact) * frequencies_F
     angle_BL1E = torch.cat([angle_BLF, angle_BLF], dim=-1)[:, :, None]
     return angle_BL1E.cos().to(dtype), angle_BL1E.sin().to(dtype)
+
+
+def fourier_features(coords_BL3: Tensor, like_BLD: Tensor) -> Tensor:
+    """√2 · (cos, sin)(coords · ω) of D / 2 plane waves, in D's type and shape; 0 where a coordinate is negative.
+
+    Fourier features (Rahimi & Recht 2007; for coordinates Tancik et al. 2020, arXiv 2006.10739). The wave vectors
+    ω = 2π frac(j²√2, j³√3, j⁴√5), j = 1, 2, …, are spread evenly and without pattern (Weyl 1916) over the whole cube
+    [0, 2π)³, so that different whole coordinates are nearly orthogonal: their cosine is about ±1/√D.
+    """
+    half = like_BLD.shape[-1] // 2
+    exact = torch.float64 if like_BLD.dtype == torch.float64 else torch.float32
+    wave_F1 = torch.arange(1, half + 1, dtype=torch.float64)[:, None]
+    waves_F3 = (wave_F1 ** torch.tensor([2, 3, 4]) * torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64).sqrt()).frac()
+    phase_BLF = 2 * math.pi * (coords_BL3.to(exact) @ waves_F3.T.to(coords_BL3.device, exact))
+    features_BLD = torch.cat([phase_BLF.cos(), phase_BLF.sin()], dim=-1) * math.sqrt(2)
+    return features_BLD.masked_fill((coords_BL3 < 0).any(-1, keepdim=True), 0).to(like_BLD.dtype)
 
 
 def turn(x_BLHE: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor) -> Tensor:

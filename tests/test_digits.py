@@ -113,7 +113,7 @@ def test_script_ends_with_the_message_alone(tmp_path):
 @given(st.integers(0, 9), st.sampled_from(list(KINDS)))
 def test_captions_name_their_digit(digit, kind):
     texts = captions(digit, kind)
-    assert len(set(texts)) == len(texts) >= 6
+    assert len(set(texts)) == len(texts) >= 3
     assert {digit_named(text) for text in texts} == {digit}
 
 

@@ -56,11 +56,13 @@ def test_a_packed_batch_holds_every_document_once(many, row_length):
         assert int(where_BL.any(1).sum()) == 1
         assert torch.equal(batch.ids_BL[where_BL], alone.ids_BL[0])
         assert torch.equal(batch.positions_BL3[where_BL], alone.positions_BL3[0])
+        assert torch.equal(batch.coords_BL3[where_BL], alone.coords_BL3[0])
         assert torch.equal(batch.span_BL[where_BL], alone.span_BL[0])
     padding_BL = batch.document_BL < 0
     assert bool((batch.ids_BL[padding_BL] == PAD).all())
     assert bool((batch.ids_BL[~padding_BL] != PAD).all())
     assert torch.equal(batch.segment_BL < 0, batch.span_BL < 0)
+    assert torch.equal((batch.coords_BL3 < 0).all(-1), batch.span_BL < 0)
     assert batch.num_documents == len(many)
 
 
@@ -73,6 +75,7 @@ def test_positions():
     assert picture[0] == [6, 6, 6]
     assert picture[1:7] == [[7, 7 + row, 7 + column] for row in range(2) for column in range(3)]
     assert picture[7] == [10, 10, 10]
+    assert batch.coords_BL3[0, 6:14].tolist() == [[-1] * 3, *([0, row, column] for row in range(2) for column in range(3)), [-1] * 3]
     assert positions[14:] == [[11] * 3, [12, 12, 12], [12, 13, 12], [13, 12, 12], [13, 13, 12], [14] * 3]
 
 

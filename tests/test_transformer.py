@@ -1,5 +1,6 @@
 """The denoiser: positions, documents, spans."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from multidiff.diffusion import queries
 from multidiff.sequence import Sequencer
-from multidiff.transformer import MaskedDiffusionTransformer, rotary, rotary_frequencies, turn
+from multidiff.transformer import MaskedDiffusionTransformer, fourier_features, rotary, rotary_frequencies, turn
 from multidiff.vocabulary import SharedVocabulary
 
 TOKENIZERS = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3))}
@@ -36,7 +37,7 @@ def segments(frames, pictures):
 def logits_by_document(model, documents, row_length=None):
     batch = SEQUENCER.batch(documents, row_length)
     asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
-    logits = model(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked)
+    logits = model(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked, batch.coords_BL3)
     flat = batch.document_BL.flatten()
     return [
         [logits_NV[flat[index_N] == d] for logits_NV, (index_N, _) in zip(logits, asked, strict=True)]
@@ -86,6 +87,31 @@ def test_every_axis_matters_and_only_differences_do():
         moved = batch.positions_BL3.clone()
         moved[0, 4, axis] += 1
         assert float((run(moved) - base).abs().max()) > 1e-6
+
+
+def test_fourier_features_are_plane_waves_that_tell_places_apart():
+    coords_N3 = torch.cartesian_prod(torch.arange(9), torch.arange(8), torch.arange(7))
+    features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256))[0]
+    for wave in (1, 2, 57, 128):
+        angle_N = 2 * np.pi * coords_N3.numpy() @ np.mod([wave**2 * 2**0.5, wave**3 * 3**0.5, wave**4 * 5**0.5], 1)
+        np.testing.assert_allclose(features_ND[:, wave - 1], np.sqrt(2) * np.cos(angle_N), atol=1e-4)
+        np.testing.assert_allclose(features_ND[:, 127 + wave], np.sqrt(2) * np.sin(angle_N), atol=1e-4)
+    cosine_NN = features_ND @ features_ND.T / 256
+    torch.testing.assert_close(cosine_NN.diagonal(), torch.ones(len(coords_N3)))
+    assert float((cosine_NN - torch.eye(len(coords_N3))).abs().max()) < 0.5
+    assert float((cosine_NN - torch.eye(len(coords_N3))).square().mean().sqrt()) < 0.1
+    outside_113 = torch.tensor([[[-1, -1, -1]]])
+    assert not fourier_features(outside_113, torch.empty(1, 1, 8)).any()
+
+
+def test_coordinate_features_can_be_left_out():
+    batch = SEQUENCER.batch([segments(2, 1)])
+    arguments = (batch.ids_BL, batch.positions_BL3, batch.document_BL, [(torch.arange(9), (9, 14))])
+    with_them, without = transformer(), transformer(coordinate_features=False)
+    (plain,) = without(*arguments)
+    assert torch.equal(without(*arguments, batch.coords_BL3)[0], plain)
+    assert torch.equal(with_them(*arguments)[0], plain)
+    assert not torch.allclose(with_them(*arguments, batch.coords_BL3)[0], plain)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -68,7 +68,7 @@ class CodecConfig:
 # Meta's 24 kHz layout has 32 codebooks; 2 of them are 1.5 kbit/s, the least it was trained for.
 PRESETS = {
     "words-8khz": CodecConfig(
-        8_000, codebooks=3, codebook_size=512, dimension=64, encoder_filters=8, decoder_filters=12, lstm_layers=1,
+        8_000, codebooks=1, codebook_size=64, dimension=64, encoder_filters=8, decoder_filters=12, lstm_layers=1,
         causal=False, convolved_skip=False,
     ),
     "16khz": CodecConfig(
