@@ -202,18 +202,22 @@ class Attention(nn.Module):
 
     def forward(self, hidden_BLD: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor, mask_B1LL: Tensor | None) -> Tensor:
         heads = (-1, self.head_size)
-        query_BLHE = self.query_norm(self.query(hidden_BLD).unflatten(-1, heads))
-        key_BLKE = self.key_norm(self.key(hidden_BLD).unflatten(-1, heads))
-        value_BLKE = self.value(hidden_BLD).unflatten(-1, heads)
+        # In the precision of the weights, also under autocast: norms and rotations need it, and on a CPU attention in
+        # bf16 takes three times as long as in fp32.
+        exact = cos_BL1E.dtype
+        query_BLHE = self.query_norm(self.query(hidden_BLD).unflatten(-1, heads).to(exact))
+        key_BLKE = self.key_norm(self.key(hidden_BLD).unflatten(-1, heads).to(exact))
+        value_BLKE = self.value(hidden_BLD).unflatten(-1, heads).to(exact)
         query_BLHE = turn(query_BLHE, cos_BL1E, sin_BL1E)
         key_BLKE = turn(key_BLKE, cos_BL1E, sin_BL1E)
-        attended_BHLE = F.scaled_dot_product_attention(
-            query_BLHE.transpose(1, 2),
-            key_BLKE.transpose(1, 2),
-            value_BLKE.transpose(1, 2),
-            attn_mask=mask_B1LL,
-            enable_gqa=query_BLHE.shape[2] != key_BLKE.shape[2],
-        )
+        with torch.autocast("cpu", enabled=False):
+            attended_BHLE = F.scaled_dot_product_attention(
+                query_BLHE.transpose(1, 2),
+                key_BLKE.transpose(1, 2),
+                value_BLKE.transpose(1, 2),
+                attn_mask=mask_B1LL,
+                enable_gqa=query_BLHE.shape[2] != key_BLKE.shape[2],
+            )
         return self.output(attended_BHLE.transpose(1, 2).flatten(2))
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from toys import generator
 
-from multidiff import MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary
+from multidiff import MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary, cli
 from multidiff.cli import main
 from multidiff_bpe import BPETokenizer
 from multidiff_encodec import EncodecTokenizer
@@ -174,3 +174,20 @@ def test_unknown_command():
         main(["train"])
     with pytest.raises(SystemExit, match="does not exist"):
         main(["generate", "caption", "--model", "nowhere", "a.png"])
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [(torch.float32, "bf16-mixed"), (torch.bfloat16, "32-true")])
+def test_precision_is_the_faster_one(monkeypatch, slow, chosen):
+    clock = [0.0]
+
+    class Factor:
+        def __init__(self, *shape, dtype, device):
+            self.seconds = 2.0 if dtype == slow else 1.0
+
+        def __matmul__(self, other):
+            clock[0] += self.seconds
+            return torch.zeros(1, 1)
+
+    monkeypatch.setattr(torch, "ones", Factor)
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: clock[0])
+    assert cli._fastest_precision() == chosen

@@ -75,7 +75,11 @@ def test_positions():
     assert picture[0] == [6, 6, 6]
     assert picture[1:7] == [[7, 7 + row, 7 + column] for row in range(2) for column in range(3)]
     assert picture[7] == [10, 10, 10]
-    assert batch.coords_BL3[0, 6:14].tolist() == [[-1] * 3, *([0, row, column] for row in range(2) for column in range(3)), [-1] * 3]
+    assert batch.coords_BL3[0, 6:14].tolist() == [
+        [-1] * 3,
+        *([0, row, column] for row in range(2) for column in range(3)),
+        [-1] * 3,
+    ]
     assert positions[14:] == [[11] * 3, [12, 12, 12], [12, 13, 12], [13, 12, 12], [13, 13, 12], [14] * 3]
 
 
