@@ -15,6 +15,7 @@ Shape suffixes: B rows, L row length, S segments of the batch, G groups that sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -228,13 +229,18 @@ class Objective:
         schedule: noise schedule.
         weighting: "elbo", w(t) of the bound; "none", 1 for every masked token (as MaskGIT and MUSE train).
         normalisation: divide by "targets", all target tokens, masked or not (LLaDA); or by "masked", the masked ones.
+        importance: tokenizer name -> what a token of it counts, in the sum and in what that is divided by; 1 where not
+            named. A caption has few tokens beside a picture's: more than 1 keeps it from drowning.
     """
 
     schedule: Schedule = field(default_factory=LogLinear)
     weighting: Literal["elbo", "none"] = "elbo"
     normalisation: Literal["targets", "masked"] = "targets"
+    importance: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if bad := [name for name, value in self.importance.items() if not 0 < value < math.inf]:
+            raise ValueError(f"objective: importance of {bad[0]!r} must be a number above 0")
         if self.weighting not in ("elbo", "none") or self.normalisation not in ("targets", "masked"):
             raise ValueError("objective: weighting is elbo or none, normalisation is targets or masked")
 
@@ -244,6 +250,7 @@ class Objective:
         asked: Queries,
         batch: TokenBatch,
         noise: Noise,
+        vocabulary: SharedVocabulary,
         average: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """The loss.
@@ -254,5 +261,7 @@ class Objective:
         """
         nats_S = weighted_nats(logits, asked, batch, noise, weighted=self.weighting == "elbo")
         counted_BL = noise.target_BL if self.normalisation == "targets" else noise.predicted_BL
-        count = average(counted_BL.sum().float()).clamp_min(1)
-        return nats_S.sum() / count
+        importance = torch.tensor([self.importance.get(name, 1.0) for name in vocabulary.tokenizers])
+        importance_S = importance.to(nats_S.device)[batch.tokenizer_S]
+        count = average(importance_S[batch.segment_BL[counted_BL]].sum()).clamp_min(torch.finfo().tiny)
+        return (nats_S * importance_S).sum() / count

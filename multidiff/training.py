@@ -38,7 +38,7 @@ class MaskedDiffusionModule(LightningModule):
             fixes the vocabulary.
         transformer: arguments of `MaskedDiffusionTransformer`, all but `vocabulary_rows`.
         tasks: the task mixture; null trains every segment of every document with one noise level each.
-        objective: schedule, weighting and normalisation of the training loss.
+        objective: schedule, weighting, normalisation and importance per tokenizer of the training loss.
         optimizer: called with two parameter groups, matrices and the rest; the rest gets no weight decay.
         warmup_steps: steps of linear warm-up.
         final_lr: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
@@ -60,15 +60,17 @@ class MaskedDiffusionModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        # Plain values, for the checkpoint: it must load with weights_only=True.
-        self._recipe = {"tokenizers": tokenizers, "transformer": transformer or {}, "samplers": samplers or {}}
         self.vocabulary = SharedVocabulary.of(plugins.build(tokenizers))
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
         self.transformer = saving.build_transformer(config, "model.transformer")
         self.transformer.initialize(generator_for(seed))
+        # Defaults as well: a later version's may differ. Plain values: a checkpoint must load with weights_only=True.
+        settings = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
+        del settings["vocabulary_rows"]
+        self._recipe = {"tokenizers": tokenizers, "transformer": settings, "samplers": samplers or {}}
         self.samplers = saving.load_samplers(samplers or {}, self.vocabulary, "model.samplers")
         self.tasks = tasks or [Task({"others": "target"})]
-        for name in {name for task in self.tasks for name in task.roles} - {"others"}:
+        for name in ({name for task in self.tasks for name in task.roles} - {"others"}) | objective.importance.keys():
             self.vocabulary.layout(name)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.final_lr, self.seed = warmup_steps, final_lr, seed
@@ -91,7 +93,7 @@ class MaskedDiffusionModule(LightningModule):
         noise = corrupt(batch, role_S, t_S, self.objective.schedule, generator)
         asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
         logits = self(batch, noise.ids_BL, asked)
-        loss = self.objective(logits, asked, batch, noise, self._average)
+        loss = self.objective(logits, asked, batch, noise, self.vocabulary, self._average)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         bound_S = weighted_nats(logits, asked, batch, noise).detach()
         for name, value in self._per_tokenizer(batch, bound_S, (role_S == TARGET).to(bound_S.device)).items():
@@ -179,8 +181,16 @@ class MaskedDiffusionModule(LightningModule):
         checkpoint["multidiff"] = {**self._recipe, "vocabulary": self.vocabulary.to_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = SharedVocabulary.from_dict(checkpoint["multidiff"]["vocabulary"], "the checkpoint")
-        self.vocabulary.check(saved, "the checkpoint")
+        if "multidiff" not in checkpoint:
+            raise ValueError("the checkpoint (--ckpt_path) is of another kind of model")
+        saved = checkpoint["multidiff"]
+        self.vocabulary.check(SharedVocabulary.from_dict(saved["vocabulary"], "the checkpoint"), "the checkpoint")
+        for key, value in self._recipe["transformer"].items():
+            if saved["transformer"].get(key) != value:
+                raise ValueError(
+                    f"the checkpoint's transformer has {key} {saved['transformer'].get(key)}, the configuration "
+                    f"{value}: set model.init_args.transformer.{key} alike"
+                )
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)

@@ -166,16 +166,17 @@ def test_the_exact_estimator_equals_the_sum_over_all_orders():
     assert float((position - 0.25).abs().max()) < 0.05
 
 
+@pytest.mark.parametrize("importance", [{}, {"a": 5.0}])
 @pytest.mark.parametrize("normalisation", ["targets", "masked"])
-def test_loss_of_knowing_and_of_uniform_models(normalisation):
+def test_loss_of_knowing_and_of_uniform_models(normalisation, importance):
     batch = batch_of([[("v", [1, 2, 0, 1]), ("a", [0, 1] * 4)]] * 40)
     role_S = torch.full((80,), TARGET)
     noise = corrupt(batch, role_S, draw_levels(role_S, torch.arange(80), generator()), LogLinear(), generator())
     asked = queries(noise.predicted_BL, batch.span_BL, VOCABULARY)
-    objective = Objective(weighting="none", normalisation=normalisation)
+    objective = Objective(weighting="none", normalisation=normalisation, importance=importance)
 
     def loss(logits):
-        return float(objective(logits, asked, batch, noise, lambda x: x))
+        return float(objective(logits, asked, batch, noise, VOCABULARY, lambda x: x))
 
     knowing = []
     for index_N, (start, stop) in asked:
@@ -183,10 +184,13 @@ def test_loss_of_knowing_and_of_uniform_models(normalisation):
         knowing.append(one_hot_NV * 100.0)
     assert loss(knowing) < 1e-6
     uniform = [torch.zeros(len(index_N), stop - start) for index_N, (start, stop) in asked]
-    sizes = [(len(index_N), math.log(stop - start)) for index_N, (start, stop) in asked]
-    masked = sum(count for count, _ in sizes)
-    nats = sum(count * log for count, log in sizes)
-    divisor = masked if normalisation == "masked" else int(noise.target_BL.sum())
+    count_of = torch.bincount(batch.span_BL[noise.predicted_BL], minlength=len(VOCABULARY.flat_spans))
+    target_of = torch.bincount(batch.span_BL[noise.target_BL], minlength=len(VOCABULARY.flat_spans))
+    nats = divisor = 0.0
+    for place, (name, _, (start, stop)) in enumerate(VOCABULARY.flat_spans):
+        each = importance.get(name, 1.0)
+        nats += each * int(count_of[place]) * math.log(stop - start)
+        divisor += each * int((count_of if normalisation == "masked" else target_of)[place])
     assert math.isclose(loss(uniform), nats / divisor, rel_tol=1e-5)
 
 
@@ -222,5 +226,7 @@ def test_bad_tasks():
         Task({"a": "target"}, drop=2)
     with pytest.raises(ValueError, match="weighting is elbo or none"):
         Objective(weighting="best")
+    with pytest.raises(ValueError, match="importance of 'a' must be a number above 0"):
+        Objective(importance={"a": 0.0})
     with pytest.raises(ValueError, match=r"no task applies to a document of a; add a row"):
         draw_roles(batch_of([[("a", [0] * 8)]]), [Task({"b": "target"})], VOCABULARY, generator())
