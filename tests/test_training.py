@@ -1,5 +1,6 @@
 """Training by the CLI: runs, resumes bit for bit, evaluates, saves; data folders good and bad."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,8 @@ from multidiff import Blank, Given, MultiDiffPipeline
 from multidiff.cli import main
 from multidiff.data import DocumentData
 from multidiff.data.module import ShuffledBatches
+from multidiff.transformer import MaskedDiffusionTransformer
+from multidiff_bpe import BPETokenizer
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 
@@ -167,10 +170,30 @@ def test_a_resumed_run_is_the_same_run(trained, tmp_path, workers, interrupted_a
 def test_command_line_wins_over_a_checkpoint(trained, tmp_path):
     folder, path = trained
     checkpoint = str(folder / "checkpoints" / "8.ckpt")
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(SystemExit, match="transformer has hidden_size 32, the configuration 64"):
         main(
             ["validate", "--config", path, "--ckpt_path", checkpoint, "--model.init_args.transformer.hidden_size", "64"]
         )
+    # No tensor tells: only the settings do.
+    theta = "--model.init_args.transformer.rope_theta"
+    with pytest.raises(SystemExit, match=r"rope_theta 10000.0, the configuration 500: set"):
+        main(["validate", "--config", path, "--ckpt_path", checkpoint, theta, "500"])
+
+
+def test_a_checkpoint_keeps_the_defaults_of_its_time(trained):
+    folder, _ = trained
+    saved = torch.load(folder / "checkpoints" / "8.ckpt", weights_only=True)["multidiff"]["transformer"]
+    defaults = inspect.signature(MaskedDiffusionTransformer.__init__).parameters
+    assert saved.keys() == defaults.keys() - {"self", "vocabulary_rows"}
+
+
+def test_a_checkpoint_of_another_kind_is_refused(trained, tmp_path):
+    folder, path = trained
+    checkpoint = torch.load(folder / "checkpoints" / "8.ckpt", weights_only=True)
+    del checkpoint["multidiff"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit, match="another kind of model"):
+        main(["validate", "--config", path, "--ckpt_path", str(tmp_path / "other.ckpt")])
 
 
 def test_validate_and_test_report_nats_per_token(trained, capsys):
@@ -244,28 +267,50 @@ def test_empty_and_missing_folders(tmp_path):
 
 
 def test_bad_items_raise_or_are_skipped_and_counted(tmp_path, caplog):
-    write_folder(tmp_path, extra=['{"segments": [{"text": 7}]}', '{"segments": [{"text": "\\ud800"}]}'])
+    lone = '{"segments": [{"text": "\\ud800"}]}'
+    write_folder(tmp_path, extra=['{"segments": [{"text": 7}]}', lone, lone])
     with pytest.raises(ValueError, match=r"metadata.jsonl, line 41: .*on_error: skip"):
         data_of(tmp_path).prepare_data()
     with caplog.at_level("INFO"):
         data = data_of(tmp_path, on_error="skip")
         data.prepare_data()
-    assert "Left out 2 documents" in caplog.text
+    assert "Left out 3 documents" in caplog.text
     assert "line 42" in caplog.text
+    assert "line 43" in caplog.text
     assert len(data.documents("train")) == 20
 
 
-def test_tokenizing_happens_once_and_again_after_a_change(tmp_path):
+def test_each_item_is_tokenized_once_and_again_after_a_change(tmp_path, monkeypatch):
+    encoded = []
+    encode = BPETokenizer.encode
+    monkeypatch.setattr(BPETokenizer, "encode", lambda self, items: encoded.extend(items) or encode(self, items))
     write_folder(tmp_path)
-    data = data_of(tmp_path)
-    data.prepare_data()
-    (place,) = (tmp_path / ".tokenized").iterdir()
-    stamp = place.stat().st_mtime_ns
+    (tmp_path / "one").write_text("a file that a text happens to name")
     data_of(tmp_path).prepare_data()
-    assert place.stat().st_mtime_ns == stamp
+    assert sorted(encoded) == sorted(WORDS + [word.upper() for word in WORDS])  # of 40 documents
+    data_of(tmp_path).prepare_data()
+    assert len(encoded) == 16
     write_folder(tmp_path, number=36)
-    data_of(tmp_path, cache=str(tmp_path / "elsewhere")).prepare_data()
-    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+    data_of(tmp_path).prepare_data()
+    assert len(encoded) == 32
+    (tmp_path / "one").write_text("another content")
+    data_of(tmp_path).prepare_data()
+    assert len(encoded) == 48
+    assert len(list((tmp_path / ".tokenized").iterdir())) == 3
+
+
+def test_captions_of_any_length_and_script(tmp_path):
+    """Texts longer than a file's name may be, in characters or only in bytes, and empty ones."""
+    texts = ["七" * 102, "a" * 5000, "nul \0 inside", ""]
+    rows = [json.dumps({"segments": [{"text": text}, {"shout": "A"}]}, ensure_ascii=False) for text in texts]
+    write_folder(tmp_path, number=0, extra=rows)
+    data = data_of(tmp_path)
+    documents = data.documents("train")
+    kept = [data.tokenizers["text"].decode([documents.codes(index)[0][1]])[0] for index in range(len(documents))]
+    assert kept == texts
+    (place,) = (tmp_path / ".tokenized").iterdir()
+    data_of(tmp_path).prepare_data()
+    assert list((tmp_path / ".tokenized").iterdir()) == [place]
 
 
 def test_documents_hold_what_was_written(tmp_path):
@@ -284,6 +329,8 @@ def test_documents_hold_what_was_written(tmp_path):
 def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="slack nose"):
         data_of(tmp_path, slack={"nose": 1})
+    with pytest.raises(ValueError, match="slack image: its length never varies"):
+        DocumentData(str(tmp_path), {"image": {"plugin": "vq"}}, slack={"image": 3})
     with pytest.raises(ValueError, match="batch_size 0"):
         data_of(tmp_path, batch_size=0)
     with pytest.raises(ValueError, match="did you mean 'bpe'"):

@@ -62,6 +62,9 @@ class DocumentData(LightningDataModule):
         self.cache = Path(cache) if cache else None
         self.on_error: tokenized.OnError = on_error
         self.tokenizers = plugins.build(tokenizers)
+        for name in self.slack:
+            if not self.tokenizers[name].variable_length:
+                raise ValueError(f"slack {name}: its length never varies, so it has no stops to leave room for")
         self.vocabulary = SharedVocabulary.of(self.tokenizers)
         self.sequencer = Sequencer(self.tokenizers, self.vocabulary)
         self.shards: Path | None = None

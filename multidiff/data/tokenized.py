@@ -1,7 +1,7 @@
 """A data folder tokenized once: shards of codes beside it, made again only when something they depend on changes.
 
-Reading happens in loader workers, encoding in `Trainer.predict`, writing in a callback, so that devices are Lightning's
-business. Shards are Hugging Face `datasets` on disk, memory-mapped.
+Reading happens in loader workers, encoding in `Trainer.predict`, so that devices are Lightning's business. Shards are
+Hugging Face `datasets` on disk, memory-mapped.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -26,7 +27,7 @@ from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 from multidiff.vocabulary import SharedVocabulary
 
 OnError = Literal["raise", "skip"]
-_DOCUMENTS_PER_BATCH = 64
+_ITEMS_PER_BATCH = 64
 _DOCUMENTS_PER_SHARD = 16_384
 _FORMAT = 1
 
@@ -99,10 +100,12 @@ def _address(folder: Path, records: Sequence[Record], vocabulary: SharedVocabula
     digest = hashlib.sha256(f"{_FORMAT} {on_error} {vocabulary.fingerprint}".encode())
     digest.update((folder / "metadata.jsonl").read_bytes())
     for value in {value: None for record in records for _, value in record.segments if isinstance(value, str)}:
-        # Most texts are no file names; asking is cheap, but a long one makes the system refuse.
         file = folder / value
-        if len(value) < 255 and "\0" not in value and file.is_file():
-            status = file.stat()
+        try:  # texts are asked about as well; some are longer than the system takes for a name
+            status = file.stat() if file.is_file() else None
+        except (OSError, ValueError):
+            status = None
+        if status:
             digest.update(f"{value} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
 
@@ -115,51 +118,78 @@ def _tokenize(
     on_error: OnError,
     num_workers: int,
 ) -> None:
+    # Documents often share items (a sound in several contexts): each is encoded once.
+    items: dict[str, dict[str, _Source]] = {name: {} for name in tokenizers}
+    for record in records:
+        for name, value in record.segments:
+            items[name].setdefault(_key(value), _Source(name, value, record.line))
+    batches = [
+        list(islice(some.values(), start, start + _ITEMS_PER_BATCH))
+        for some in items.values()
+        for start in range(0, len(some), _ITEMS_PER_BATCH)
+    ]
+    rank_zero_info(f"Tokenizing {len(records)} documents of {folder}, once: {sum(map(len, batches))} items.")
+    encoder = _Encoder(tokenizers, folder, on_error)
     loader = DataLoader(
-        _Reader(folder, records, tokenizers),  # pyright: ignore[reportArgumentType]
-        batch_size=_DOCUMENTS_PER_BATCH,
-        collate_fn=list,
+        _Reader(folder, batches, tokenizers),  # pyright: ignore[reportArgumentType]
+        batch_size=None,
         num_workers=num_workers,
+        generator=torch.Generator(),  # leaves the global one alone
     )
-    rank_zero_info(f"Tokenizing {len(records)} documents of {folder}, once.")
     trainer = Trainer(
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[_ShardWriter(place)],
+        accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
     )
-    trainer.predict(_Encoder(tokenizers, folder, on_error), loader, return_predictions=False)
+    known: dict[tuple[str, str], _Row | ItemError] = {}
+    for part in trainer.predict(encoder, loader) or ():
+        known |= part  # pyright: ignore[reportOperatorIssue]
+    _write(place, folder, records, known)
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+class _Source(NamedTuple):
+    """An item as `metadata.jsonl` names it, and the first line that does."""
+
+    name: str
+    value: Any
+    line: int
 
 
 class _Reader(torch.utils.data.Dataset):
-    """Documents with their items read; an item that cannot be read is its `ItemError`."""
+    """Batches of items of one tokenizer; one that cannot be read is its `ItemError`."""
 
-    def __init__(self, folder: Path, records: Sequence[Record], tokenizers: Mapping[str, ModalityTokenizer]):
-        self.folder, self.records, self.tokenizers = folder, records, tokenizers
+    def __init__(self, folder: Path, batches: Sequence[Sequence[_Source]], tokenizers: Mapping[str, ModalityTokenizer]):
+        self.folder, self.batches, self.tokenizers = folder, batches, tokenizers
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[Record, list[Any]]:
-        record = self.records[index]
-        return record, [self._read(name, value) for name, value in record.segments]
+    def __getitem__(self, index: int) -> list[tuple[_Source, Any]]:
+        return [(source, self._read(source)) for source in self.batches[index]]
 
-    def _read(self, name: str, value: Any) -> Any:
+    def _read(self, source: _Source) -> Any:
         try:
-            return self.tokenizers[name].read(value, self.folder)
+            return self.tokenizers[source.name].read(source.value, self.folder)
         except ItemError as error:
             return error
 
 
+class _Row(NamedTuple):
+    """What a shard keeps of an item's codes."""
+
+    ids: np.ndarray
+    size: str
+
+
 class _Encoder(LightningModule):
+    """What shards keep, or the error, of every item by tokenizer and `_key`."""
+
     def __init__(self, tokenizers: Mapping[str, ModalityTokenizer], folder: Path, on_error: OnError):
         super().__init__()
         self.codecs = dict(tokenizers)
         self.folder, self.on_error = folder, on_error
-        # Documents often share items (a sound in several contexts); codes are small.
-        self.known: dict[tuple[str, str], Codes | ItemError] = {}
 
     def on_predict_start(self) -> None:
         for tokenizer in self.codecs.values():
@@ -172,30 +202,18 @@ class _Encoder(LightningModule):
         for tokenizer in self.codecs.values():
             tokenizer.to("cpu")
 
-    def predict_step(self, batch: list[tuple[Record, list[Any]]]) -> list[dict[str, Any]]:
-        for name, tokenizer in self.codecs.items():
-            fresh = {}
-            for record, items in batch:
-                for (other, value), item in zip(record.segments, items, strict=True):
-                    key = (name, json.dumps(value, sort_keys=True))
-                    if other == name and key not in self.known:
-                        fresh[key] = item
-            self.known |= _encode(tokenizer, fresh)
-        return [self._row(record) for record, _ in batch]
-
-    def _row(self, record: Record) -> dict[str, Any]:
-        row: dict[str, Any] = {"split": record.split, "line": record.line, "names": [], "ids": [], "sizes": []}
-        for name, value in record.segments:
-            codes = self.known[name, json.dumps(value, sort_keys=True)]
-            if isinstance(codes, ItemError):
-                message = f"{self.folder / 'metadata.jsonl'}, line {record.line}: {codes}"
-                if self.on_error == "raise":
-                    raise ValueError(f"{message} (on_error: skip leaves such documents out)")
-                return {"error": message}
-            row["names"].append(name)
-            row["ids"].append(codes.ids_N.int().numpy())
-            row["sizes"].append(json.dumps(codes.size))
-        return row
+    def predict_step(self, batch: list[tuple[_Source, Any]]) -> dict[tuple[str, str], _Row | ItemError]:
+        name = batch[0][0].name  # a batch is of one tokenizer
+        results = _encode(self.codecs[name], {index: item for index, (_, item) in enumerate(batch)})
+        rows: dict[tuple[str, str], _Row | ItemError] = {}
+        for index, (source, _) in enumerate(batch):
+            codes = results[index]
+            if isinstance(codes, ItemError) and self.on_error == "raise":
+                message = _complaint(self.folder, source.line, codes)
+                raise ValueError(f"{message} (on_error: skip leaves such documents out)")
+            row = codes if isinstance(codes, ItemError) else _Row(codes.ids_N.int().numpy(), json.dumps(codes.size))
+            rows[name, _key(source.value)] = row
+        return rows
 
 
 def _encode(tokenizer: ModalityTokenizer, items: dict[Any, Any]) -> dict[Any, Codes | ItemError]:
@@ -212,37 +230,36 @@ def _encode(tokenizer: ModalityTokenizer, items: dict[Any, Any]) -> dict[Any, Co
     return results
 
 
-class _ShardWriter(BasePredictionWriter):
-    """Collects rows and writes a shard of each split when enough have come; what was left out goes to a report."""
+def _complaint(folder: Path, line: int, error: ItemError) -> str:
+    return f"{folder / 'metadata.jsonl'}, line {line}: {error}"
 
-    def __init__(self, place: Path):
-        super().__init__(write_interval="batch")
-        self.place = place
-        self.rows: dict[str, list[dict[str, Any]]] = {str(split): [] for split in SPLITS}
-        self.written: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.errors: list[str] = []
 
-    def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *_: Any) -> None:
-        for row in prediction:
-            if "error" in row:
-                self.errors.append(row["error"])
-            else:
-                rows = self.rows[row.pop("split")]
-                rows.append(row)
-                if len(rows) == _DOCUMENTS_PER_SHARD:
-                    self._flush()
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        self._flush()
-        (self.place / "skipped.json").write_text(json.dumps(self.errors, indent=2), encoding="utf-8")
-
-    def _flush(self) -> None:
-        for split, rows in self.rows.items():
-            if rows:
-                part = self.place / split / f"part-{self.written[split]:05d}"
-                Dataset.from_list(rows).save_to_disk(str(part))
-                self.written[split] += 1
-                rows.clear()
+def _write(
+    place: Path, folder: Path, records: Sequence[Record], known: Mapping[tuple[str, str], _Row | ItemError]
+) -> None:
+    """Shards of each split, and a report of the documents left out."""
+    errors = []
+    rows: dict[str, list[dict[str, Any]]] = {str(split): [] for split in SPLITS}
+    for record in records:
+        codes = [known[name, _key(value)] for name, value in record.segments]
+        bad = [one for one in codes if isinstance(one, ItemError)]
+        if bad:
+            errors.append(_complaint(folder, record.line, bad[0]))
+            continue
+        good = [one for one in codes if isinstance(one, _Row)]
+        rows[record.split].append(
+            {
+                "line": record.line,
+                "names": [name for name, _ in record.segments],
+                "ids": [one.ids for one in good],
+                "sizes": [one.size for one in good],
+            }
+        )
+    for split, of_split in rows.items():
+        for number, start in enumerate(range(0, len(of_split), _DOCUMENTS_PER_SHARD)):
+            shard = Dataset.from_list(of_split[start : start + _DOCUMENTS_PER_SHARD])
+            shard.save_to_disk(str(place / split / f"part-{number:05d}"))
+    (place / "skipped.json").write_text(json.dumps(errors, indent=2), encoding="utf-8")
 
 
 def _report(place: Path) -> None:
