@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -113,7 +114,7 @@ class Previews(Callback):
         pl_module.train(training)
 
     def _log(self, trainer: Trainer, pipeline: MultiDiffPipeline, name: str) -> None:
-        from multidiff.pipeline import Blank, Given
+        from multidiff.pipeline import Blank, Partial
 
         documents = trainer.datamodule.documents("validation")  # pyright: ignore[reportAttributeAccessIssue]
         blanked = []
@@ -121,9 +122,10 @@ class Previews(Callback):
             codes = documents.codes(index)
             names = [other for other, _ in codes]
             if names.count(name) == 1 and len(names) > 1:
+                # The codes themselves: decoding and encoding again would give others.
                 blanked.append(
                     [
-                        Blank(other) if other == name else Given(other, pipeline.tokenizers[other].decode([code])[0])
+                        Blank(other) if other == name else Partial(other, code, torch.ones(len(code), dtype=torch.bool))
                         for other, code in codes
                     ]
                 )

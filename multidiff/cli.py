@@ -7,6 +7,7 @@ multidiff plugins                                                    tokenizer p
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
+_PRECISION = "MULTIDIFF_FASTEST_PRECISION"
 _TRAINING = {
     "fit": "train a model or a tokenizer (Lightning CLI)",
     "validate": "loss on the validation split, in nats per token",
@@ -105,7 +107,13 @@ def stop(error: BaseException) -> NoReturn:
 
 def _fastest_precision() -> str:
     """What `${fastest_precision:}` in a config stands for: "bf16-mixed" where matrix products are faster in bf16 than
-    in fp32, else "32-true". Many CPUs only emulate bf16."""
+    in fp32, else "32-true". Many CPUs only emulate bf16. The processes that a run starts take its answer."""
+    if _PRECISION not in os.environ:
+        os.environ[_PRECISION] = _measured_precision()
+    return os.environ[_PRECISION]
+
+
+def _measured_precision() -> str:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

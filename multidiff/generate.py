@@ -116,6 +116,15 @@ def _generate(preset: str | None, options: argparse.Namespace) -> None:
                 _deliver(document, repeated[index], index, options.output, pipeline)
 
 
+def _types() -> mimetypes.MimeTypes:
+    """File types by ending, with those that a system without `/etc/mime.types` does not know."""
+    types = mimetypes.MimeTypes()
+    for ending in ("flac", "ogg", "opus"):
+        types.add_type(f"audio/{ending}", f".{ending}")
+    types.add_type("image/webp", ".webp")
+    return types
+
+
 def _documents(
     preset: str | None, options: argparse.Namespace, pipeline: MultiDiffPipeline
 ) -> list[list[Given | Blank]]:
@@ -125,7 +134,7 @@ def _documents(
         text = _named(pipeline, "text")
         documents = []
         for file in options.files:
-            modality = (mimetypes.guess_type(file)[0] or "").split("/")[0]
+            modality = (_types().guess_type(file)[0] or "").split("/")[0]
             if modality not in ("image", "audio"):
                 raise ValueError(f"{file}: its name ends like neither a picture nor a sound (.png, .jpg, .wav, .flac)")
             name = _named(pipeline, modality)

@@ -257,7 +257,7 @@ class MultiDiffPipeline(DiffusionPipeline):
             sample_RN = torch.full_like(place_RN, -1)
             sample_RN[index] = size
             levels_RN = (span_P[place_RN] - self.vocabulary.first_span[name]).where(sample_RN >= 0, 0)
-            coords_RN3 = batch.positions_BL3.flatten(0, 1)[place_RN]
+            coords_RN3 = batch.coords_BL3.flatten(0, 1)[place_RN]
             own = sampler.config["num_inference_steps"] if steps is None else steps
             state = sampler.start(sample_RN, levels_RN, coords_RN3, own)
             strength = sampler.config["guidance_scale"] if scale is None else scale
@@ -295,9 +295,15 @@ class MultiDiffPipeline(DiffusionPipeline):
             return
         guided = null_BL is not None and any(run.scale != 1 for run, _ in active)
         conditioned = set(batch.document_BL[null_BL].tolist()) if guided else set()
-        busy = ((run, row) for run, where_RN in active for row, left in enumerate(where_RN.any(1).tolist()) if left)
-        for document in {run.documents[row] for run, row in busy}:
-            nfe[document] += 2 if guided and document in conditioned else 1
+        # As if each document were alone: another one's guidance costs it nothing.
+        passes: dict[int, int] = {}
+        for run, where_RN in active:
+            for document, left in zip(run.documents, where_RN.any(1).tolist(), strict=True):
+                if left:
+                    both = run.scale != 1 and document in conditioned
+                    passes[document] = max(passes.get(document, 1), 1 + both)
+        for document, count in passes.items():
+            nfe[document] += count
         asked = {run.name: where_RN for run, where_RN in active}
         places = {run.name: run.place_RN[where_RN] for run, where_RN in active}
         levels = {run.name: run.state.levels_RN[where_RN] for run, where_RN in active}
@@ -415,6 +421,11 @@ class MultiDiffPipeline(DiffusionPipeline):
         if not safe_serialization or variant is not None:
             raise ValueError("multidiff writes plain safetensors only: leave safe_serialization and variant alone")
         saving.save(self, Path(save_directory), max_shard_size)
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, *arguments: Any, **options: Any) -> Any:
+        # diffusers' push_to_hub puts an empty card over ours.
+        saving.write_card(self, Path(working_dir))
+        return super()._upload_folder(working_dir, repo_id, *arguments, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, device: str = "cpu") -> Self:

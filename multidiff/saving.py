@@ -67,7 +67,7 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
         settings = {name: sampler.settings for name, sampler in pipeline.samplers.items()}
         _write_json(beside / "samplers.json", settings)
         _write_json(beside / "model_index.json", {**_INDEX, "_multidiff_version": version("multidiff")})
-        (beside / "README.md").write_text(_card(pipeline), encoding="utf-8")
+        write_card(pipeline, beside)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             folder.rename(old / "model")
@@ -224,6 +224,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(pipeline: MultiDiffPipeline, folder: Path) -> None:
+    """Write the model's card, `README.md`."""
+    (folder / "README.md").write_text(_card(pipeline), encoding="utf-8")
 
 
 def _card(pipeline: MultiDiffPipeline) -> str:

@@ -105,10 +105,12 @@ class Sequencer:
         self._canvases: dict[tuple, Codes] = {}
 
     def canvas(self, name: str, size: Mapping[str, int]) -> Codes:
-        """The tokenizer's canvas; made once per size, so treat it as read-only."""
+        """The tokenizer's canvas; kept for the next of its size, so treat it as read-only."""
         key = (name, *sorted(size.items()))
         if key not in self._canvases:
             self.vocabulary.layout(name)
+            if len(self._canvases) == 256:  # long texts come in thousands of sizes
+                self._canvases.clear()
             try:
                 self._canvases[key] = self.tokenizers[name].canvas(**size)
             except (ValueError, TypeError) as error:

@@ -1,11 +1,11 @@
 """The pipeline: any combination in and out, saved and loaded whole or not at all."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from toys import Frames, Grid, generator
 
@@ -103,6 +103,24 @@ def test_a_partial_segment_does_not_end_within_what_is_known(pipe):
         assert (result.item[0], result.item[5]) == (1, 0)
 
 
+def test_guidance_of_one_document_costs_another_nothing():
+    pipe = make(
+        {"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))},
+        {
+            "picture": MaskSampler(num_inference_steps=3, guidance_scale=2.0),
+            "note": MaskSampler(num_inference_steps=3),
+            "speech": MaskSampler(num_inference_steps=3),
+        },
+    )
+    documents = [
+        [Given("speech", [1, 2]), Blank("picture")],
+        [Given("speech", [1, 2]), Blank("note", frames=4)],
+        [Given("speech", [1, 2]), Blank("picture"), Blank("note", frames=4)],
+    ]
+    assert pipe(documents, generator=generator()).nfe == [6, 3, 6]
+    assert pipe(documents[1:2], generator=generator()).nfe == [3]
+
+
 def test_steps_nfe_and_callback(pipe):
     seen = []
 
@@ -195,15 +213,16 @@ def test_save_and_load(saved, tmp_path):
         loaded.save_pretrained(tmp_path / "photos")
 
 
-def test_push_to_hub_uploads_such_a_folder(saved, monkeypatch):
-    pipeline, _ = saved
-    uploaded = []
-    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *a, **k: type("Repo", (), {"repo_id": "me/it"}))
-    monkeypatch.setattr(
-        type(pipeline), "_upload_folder", lambda self, folder, *a, **k: uploaded.extend(os.listdir(folder))
-    )
+def test_push_to_hub_uploads_such_a_folder(saved, monkeypatch, tmp_path):
+    pipeline, folder = saved
+    hub = "diffusers.utils.hub_utils"
+    monkeypatch.setattr(f"{hub}.create_repo", lambda *a, **k: type("Repo", (), {"repo_id": "me/it"}))
+    monkeypatch.setattr(f"{hub}.load_or_create_model_card", lambda *a, **k: ModelCard("blank"))
+    monkeypatch.setattr(f"{hub}.populate_model_card", lambda card: card)
+    monkeypatch.setattr(f"{hub}.upload_folder", lambda folder_path, **k: shutil.copytree(folder_path, tmp_path / "it"))
     pipeline.push_to_hub("me/it")
-    assert {"model_index.json", "transformer", "tokenizers"} <= set(uploaded)
+    assert {path.name for path in (tmp_path / "it").iterdir()} == {path.name for path in folder.iterdir()}
+    assert (tmp_path / "it" / "README.md").read_text() == (folder / "README.md").read_text()
 
 
 def test_a_tokenizer_that_is_no_plugin_cannot_be_saved(pipe, tmp_path):

@@ -137,15 +137,21 @@ def test_confidence_decides_the_surest_first_and_ties_by_position():
     assert final_RN.tolist() == [[0, 0, 0, 1]]
 
 
-def test_order_noise_is_gumbel_and_anneals():
-    """One step of two, equal confidences: with noise both positions come first equally often."""
-    first = []
-    for seed in range(400):
-        seen = []
-        sampler = MaskSampler(order="confidence", count="linear", order_temperature=4.0)
-        run(sampler, torch.full((1, 2), 2), 2, lambda row_N: torch.zeros(2, 2), [generator(seed)], seen)
-        first.append(int(seen[0][0, 1] != 2))
-    assert abs(sum(first) / 400 - 0.5) < 4 * 0.5 / 20
+@pytest.mark.parametrize("size", [2, 5])
+def test_order_noise_is_gumbel_and_anneals(size):
+    """Position n comes first with probability softmax(log p / τ')_n (the Gumbel-max trick); after the first of K steps
+    the scale has come down to τ' = τ·(1 - 1/K)."""
+    temperature, runs = 0.8, 3000
+    sure_N = torch.linspace(0.55, 0.95, size, dtype=torch.float64)
+    log_p_NV = torch.stack([sure_N, 1 - sure_N], -1).log()
+    sampler = MaskSampler(order="confidence", count="linear", order_temperature=temperature, temperature=0.0)
+    seen = []
+    generators = [generator(seed) for seed in range(runs)]
+    run(sampler, torch.full((runs, size), 2), size, lambda row_N: log_p_NV, generators, seen)
+    first_N = (seen[0] != 2).sum(0)
+    assert int(first_N.sum()) == runs
+    expected_N = torch.softmax(sure_N.log() / (temperature * (1 - 1 / size)), 0) * runs
+    assert chisquare(first_N.numpy(), expected_N.numpy()).pvalue > 1e-3
 
 
 def test_draws_follow_the_distribution_in_fp64():
