@@ -6,6 +6,7 @@ Shape suffixes: B sounds, T samples.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +59,17 @@ class SoundData(LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         sounds = _Cuts(self._paths("train"), self.sample_rate, self.samples, self.quieter, self.seed)
         batches = ShuffledBatches(len(sounds), self.batch_size, self.seed, *self._rank())
-        return StatefulDataLoader(sounds, batch_sampler=batches, num_workers=self.num_workers)
+        return self._loader(sounds, batches)
 
     def val_dataloader(self) -> StatefulDataLoader:
         sounds, (rank, ranks) = _Middles(self._paths("validation"), self.sample_rate, self.samples), self._rank()
         keys = [(0, index) for index in range(rank, len(sounds), ranks)]
         batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
-        return StatefulDataLoader(sounds, batch_sampler=batches, num_workers=self.num_workers)
+        return self._loader(sounds, batches)
+
+    def _loader(self, sounds: Dataset, batches: Any) -> StatefulDataLoader:
+        alone = torch.Generator()  # leaves the global one alone
+        return StatefulDataLoader(sounds, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -27,6 +27,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from multidiff.callbacks import progress
 from multidiff.seeding import generator_for
 from multidiff.tokenizer import Audio
 from multidiff_encodec.codebook import Codebook, codebooks_of
@@ -127,10 +128,10 @@ class EncodecTraining(LightningModule):
         optimizer = torch.optim.AdamW(
             self.model.parameters(), self.learning_rate, (0.8, 0.99), weight_decay=self.weight_decay
         )
-        total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
-            return min(1.0, (step + 1) / self.warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * min(1, step / total)))
+            warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+            return warm * (0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -153,7 +154,7 @@ class EncodecTraining(LightningModule):
         count = len(self.codebooks)
         fewer_B = torch.rand(len(latents_BDt), generator=own) < self.fewer_levels
         levels_B = torch.where(fewer_B, torch.randint(1, count + 1, fewer_B.shape, generator=own), count)
-        reviving = self.global_step < self.revive_until * self.trainer.estimated_stepping_batches
+        reviving = progress(self.trainer, self.global_step) < self.revive_until
         residual_BDt, sum_BDt = latents_BDt, torch.zeros_like(latents_BDt)
         commitment = latents_BDt.new_zeros(())
         for level, book in enumerate(self.codebooks):

@@ -47,9 +47,9 @@ _SHIFTS, _CODES = 0, 1  # what a generator is for
 class VQTraining(LightningModule):
     """Trains a `VQModel` and, at the end, writes a folder that `VQTokenizer` and plain diffusers open.
 
-    Logged: loss and its parts; `codebook/usage`, the share of codes in use, and `codebook/perplexity`, exp of the
-    entropy of their use (V at best); on the validation pictures also PSNR (dB, mean over pictures) and, in
-    TensorBoard, originals above their reconstructions.
+    Logged under `train/` and `val/`: loss and its parts; `codebook_usage`, the share of codes in use, and
+    `codebook_perplexity`, exp of the entropy of their use (V at best); on the validation pictures also PSNR (dB, mean
+    over pictures) and, in TensorBoard, originals above their reconstructions.
 
     Args:
         model: arguments of diffusers' `VQModel`.
@@ -119,7 +119,7 @@ class VQTraining(LightningModule):
             entropy = commitment
         else:
             quantized_BDhw, commitment = self._quantize(latents_BDhw)
-            entropy = _entropy_by_place(latents_BDhw, self.codebook)
+            entropy = _entropy_by_place(latents_BDhw, self.codebook) if self.rate else commitment.new_zeros(())
         restored_BCHW = self._restore(quantized_BDhw)
         reconstruction = F.mse_loss(restored_BCHW, signal_BCHW) + self.l1 * F.l1_loss(restored_BCHW, signal_BCHW)
         loss = reconstruction + self.commitment * commitment + self.rate * entropy
@@ -258,13 +258,17 @@ class PictureData(LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         pictures = self._pictures("train")
         batches = ShuffledBatches(len(pictures), self.batch_size, self.seed, *self._rank())
-        return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers)
+        return self._loader(pictures, batches)
 
     def val_dataloader(self) -> StatefulDataLoader:
         pictures, (rank, ranks) = self._pictures("validation"), self._rank()
         keys = [(0, index) for index in range(rank, len(pictures), ranks)]
         batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
-        return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers)
+        return self._loader(pictures, batches)
+
+    def _loader(self, pictures: Dataset, batches: Any) -> StatefulDataLoader:
+        alone = torch.Generator()  # leaves the global one alone
+        return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -298,7 +302,8 @@ def _entropy_by_place(latents_BDhw: Tensor, codebook_VD: Tensor) -> Tensor:
     """Mean over places of the entropy, nats, of the batch's codes there. A latent counts for code v with
     softmax(-distance² / τ), τ the mean squared distance to the nearest code."""
     latents_BND = latents_BDhw.flatten(2).transpose(1, 2).float()
-    distance_BNV = (latents_BND[:, :, None] - codebook_VD).square().sum(-1)
+    product_BNV = latents_BND @ codebook_VD.T
+    distance_BNV = latents_BND.square().sum(-1, keepdim=True) - 2 * product_BNV + codebook_VD.square().sum(-1)
     scale = distance_BNV.detach().amin(-1).mean().clamp_min(1e-6)
     share_NV = torch.softmax(-distance_BNV / scale, -1).mean(0)
     return -(share_NV * share_NV.clamp_min(1e-9).log()).sum(-1).mean()
