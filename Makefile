@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "multidiff needs Python 3.11 or newer: make PYTHON=python3.12 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	@echo "Installing about 5 GB of packages into .venv (about a minute) ..."
+	@echo "Installing about 6 GB of packages into .venv (about a minute) ..."
 	$(UV) --requirements requirements.lock
 	$(UV) --no-deps --editable .
 	touch $@

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,18 +25,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
-    times = output / "times.json"
+    done_file = output / "done.json"
     if options.fresh:
-        for name in ("log", "checkpoints", "model", "report.html", "metrics.json", "times.json"):
+        for name in ("log", "checkpoints", "model", "report.html", "metrics.json", "done.json"):
             place = output / name
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
     stages = _stages(options)
+    done: dict[str, dict[str, Any]] = json.loads(done_file.read_text(encoding="utf-8")) if done_file.is_file() else {}
+    for name, stage in done.items():
+        if stage["command"] != shlex.join(stages[name]):
+            sys.exit(
+                f"{output}: {name} was done with other options ({stage['command']}); "
+                "--fresh begins anew, and another --output leaves it alone"
+            )
     commands = output / "commands.txt"
     commands.write_text("".join(f"{shlex.join(command)}\n" for command in stages.values()), encoding="utf-8")
-    seconds: dict[str, float] = json.loads(times.read_text()) if times.is_file() else {}
     for number, (name, command) in enumerate(stages.items(), start=1):
-        if name in seconds:
-            print(f"[{number}/{len(stages)}] {name}: done before, in {seconds[name]:.0f} s")
+        if name in done:
+            print(f"[{number}/{len(stages)}] {name}: done before, in {done[name]['seconds']:.0f} s")
             continue
         last = output / "checkpoints" / "last.ckpt"
         if name == "training" and last.is_file():
@@ -45,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = subprocess.run(_executable(command), cwd=ROOT, check=False).returncode
         if code or (name == "training" and not (output / "model").is_dir()):
             sys.exit(f"{name} stopped; the same command goes on from here")
-        seconds[name] = round(time.monotonic() - start, 1)
-        partial = times.with_suffix(".partial")
-        partial.write_text(json.dumps(seconds, indent=2) + "\n", encoding="utf-8")
-        partial.replace(times)
+        done[name] = {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(stages[name])}
+        partial = done_file.with_suffix(".partial")
+        partial.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+        partial.replace(done_file)
     print(f"\n{output / 'metrics.json'} holds the numbers.\nReport: {output / 'report.html'}")
 
 
@@ -56,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m demo", description="From data to report in ten minutes.")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for all (default: runs/demo)")
     parser.add_argument("--config", default="configs/digits.yaml", help="of the model (default: configs/digits.yaml)")
-    parser.add_argument("--minutes", type=float, default=5.5, help="of training (default: 5.5)")
-    parser.add_argument("--documents", type=int, default=10_000, help="in the data set (default: 10000)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training (default: 5)")
+    parser.add_argument("--pictures", type=int, default=10_000, help="in the data set (default: 10000)")
     parser.add_argument("--num", type=int, default=320, help="samples judged in each direction (default: 320)")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights, noise and sampling (default: 0)")
     parser.add_argument("--fresh", action="store_true", help="train and judge again; data stay")
@@ -77,7 +84,7 @@ def _stages(options: argparse.Namespace) -> dict[str, list[str]]:
         *("--data.init_args.folder", data),
         *("--model.init_args.tokenizers.text", json.dumps({"plugin": "bpe", "folder": text})),
     ]
-    prepare = ["python", "scripts/prepare_digits.py", "--output", data, "--seed", seed, "--num", str(options.documents)]
+    prepare = ["python", "scripts/prepare_digits.py", "--output", data, "--seed", seed, "--num", str(options.pictures)]
     judge = ["python", "-m", "demo.evaluate", "--output", output, "--seed", seed, "--num", str(options.num)]
     return {
         "data": prepare,

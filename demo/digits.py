@@ -1,8 +1,9 @@
 """The demo's data folder: handwritten digits, captions and spoken words, in an ordinary folder of multidiff's format.
 
 A document is about one digit and holds two or three of: a caption, a picture, a sound. Which ones, and in what order,
-varies. Pictures are real handwriting (MNIST), each used in one document; spoken words come from a smaller pool of
-clips, and the voices of the validation and test splits speak nowhere in training.
+varies. Pictures are real handwriting (MNIST), each of one document; one of the training split is also turned, scaled,
+sheared and shifted a little, twice, for two documents more. Spoken words come from a smaller pool of clips, and the
+voices of the validation and test splits speak nowhere in training.
 """
 
 from __future__ import annotations
@@ -17,24 +18,27 @@ import soundfile
 import torch
 import torchaudio
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import affine
 from tqdm import tqdm
 
 from demo.speech import DIGITS, SAMPLE_RATE, VOICES, Utterance, speak
 
 MNIST = Path(__file__).parent / "data" / "mnist10k.npz"
-VERSION = 2  # of what this file makes: one more makes everybody's data anew
+VERSION = 3  # of what this file makes: one more makes everybody's data anew
 
 KINDS = {
-    ("text", "image"): 0.27,
-    ("text", "speech"): 0.27,
-    ("image", "speech"): 0.23,
-    ("text", "image", "speech"): 0.23,
+    ("text", "image"): 0.35,
+    ("text", "speech"): 0.15,
+    ("image", "speech"): 0.25,
+    ("text", "image", "speech"): 0.25,
 }
 WORDINGS = ("{}", "the digit {}")
 WORDINGS_WITH = {"image": ("a handwritten {}",), "speech": ("a spoken {}",)}
 SPEEDS = (150, 170, 190, 210)  # words a minute
 PITCHES = (32, 41, 50, 59, 68)  # of 99
-CLIPS = {"train": 0.2, "validation": 0.025, "test": 0.03}  # clips per document of all splits together
+CLIPS = {"train": 0.2, "validation": 0.025, "test": 0.03}  # clips per picture of all splits together
+MOVED = 2  # moved copies of a picture of the training split
 WRITTEN_RATE = 16000  # Hz
 
 
@@ -47,7 +51,7 @@ def prepare(output: Path, *, seed: int = 0, num: int = 10_000, force: bool = Fal
     Args:
         output: the folder; one made with other settings is replaced.
         seed: decides everything.
-        num: number of documents, 20 to 10,000.
+        num: number of pictures, 20 to 10,000; each has a document, and one more for each moved copy.
         force: make it anew even if it is there.
         progress: show bars.
 
@@ -80,6 +84,11 @@ def digit_of(path: str) -> int:
     return DIGITS.index(Path(path).stem.split("-")[0])
 
 
+def is_real(path: str) -> bool:
+    """Whether a file of the folder is no moved copy."""
+    return "-moved" not in path
+
+
 def split_of(num: int, index: int) -> str:
     """The split of the `index`-th picture of the permutation."""
     return "train" if index < num * 8 // 10 else "validation" if index < num * 9 // 10 else "test"
@@ -97,22 +106,32 @@ def _fill(folder: Path, seed: int, num: int, progress: bool) -> None:
         pictures, labels = np.pad(mnist["x"][order], ((0, 0), (2, 2), (2, 2))), mnist["y"][order]
     random = np.random.default_rng([seed, 1])
     clips = _write_clips(folder, num, random, progress)
+    planned = [(index, copy) for index in range(num) for copy in range(1 + MOVED * (split_of(num, index) == "train"))]
     kinds = list(KINDS)
-    drawn = random.choice(len(kinds), size=num, p=list(KINDS.values()))
+    drawn = random.choice(len(kinds), size=len(planned), p=list(KINDS.values()))
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
-        for index in tqdm(range(num), desc="writing documents", disable=not progress):
-            digit, split, kind = int(labels[index]), split_of(num, index), kinds[drawn[index]]
+        bar = tqdm(planned, desc="writing documents", disable=not progress)
+        for (index, copy), kind in zip(bar, (kinds[kind] for kind in drawn), strict=True):
+            digit, split = int(labels[index]), split_of(num, index)
             segments = []
             for name in (kind[place] for place in random.permutation(len(kind))):
                 if name == "text":
                     value = str(random.choice(captions(digit, kind)))
                 elif name == "image":
-                    value = f"images/{DIGITS[digit]}-{order[index]:05}.png"
-                    Image.fromarray(pictures[index]).save(folder / value)
+                    value = f"images/{DIGITS[digit]}-{order[index]:05}{f'-moved{copy}' if copy else ''}.png"
+                    picture = _moved(pictures[index], random) if copy else pictures[index]
+                    Image.fromarray(picture).save(folder / value, compress_level=1)
                 else:
                     value = str(random.choice(clips[split, digit]))
                 segments.append({name: value})
             file.write(json.dumps({"split": split, "segments": segments}) + "\n")
+
+
+def _moved(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Turned by up to 8°, scaled by up to 8 %, shifted by up to 1.3 pixels, sheared by up to 4°."""
+    angle, scale, right, down, shear = random.uniform(-1, 1, 5) * (8, 0.08, 1.3, 1.3, 4)
+    pixels = torch.from_numpy(picture)[None]
+    return affine(pixels, angle, [right, down], 1 + scale, [shear, 0.0], InterpolationMode.BILINEAR)[0].numpy()
 
 
 def _write_clips(

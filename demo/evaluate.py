@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from demo.metrics import bounds, measure, write_metrics
 from demo.page import write_report
 from demo.report import read_scalars
@@ -25,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     output: Path = options.output
-    pipeline = MultiDiffPipeline.from_pretrained(output / "model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = MultiDiffPipeline.from_pretrained(output / "model", device=device)
     sampling = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
     metrics, samples = measure(pipeline, options.data or output / "data", num=options.num, **sampling)
     training = json.loads((output / "model" / "training.json").read_text(encoding="utf-8"))
@@ -49,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         **sampling,
     )
-    times = output / "times.json"
-    before = sum(json.loads(times.read_text(encoding="utf-8")).values()) if times.is_file() else 0.0
+    done = output / "done.json"
+    stages = json.loads(done.read_text(encoding="utf-8")).values() if done.is_file() else ()
+    before = sum(stage["seconds"] for stage in stages)
     metrics["total_seconds"] = round(before + time.monotonic() - start, 1)
     write_metrics(output / "metrics.json", metrics)
     print(json.dumps(metrics, indent=2))

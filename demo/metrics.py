@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from demo.digits import digit_of
+from demo.digits import digit_of, is_real
 from demo.judges import ImageJudge, Judge, PocketsphinxJudge, SpeechJudge, digit_named
 from multidiff import Blank, Given, MultiDiffPipeline
 from multidiff.data.folder import Record, read_metadata
@@ -151,7 +151,9 @@ def fit_judges(pipeline: MultiDiffPipeline, folder: Path, *, seed: int = 0, prog
     records = read_metadata(folder, splits=("train",))
     judges: dict[str, Any] = {"text": CaptionJudge()}
     for name, judge in (("image", ImageJudge), ("speech", SpeechJudge)):
-        values = sorted({value for record in records for key, value in record.segments if key == name})
+        values = sorted(
+            {value for record in records for key, value in record.segments if key == name and is_real(value)}
+        )
         reading = tqdm(values, desc=f"reading {name}", disable=not progress, leave=False)
         items = [pipeline.tokenizers[name].read(value, folder) for value in reading]
         judges[name] = judge.fit(items, [digit_of(value) for value in values], seed=seed, progress=progress)

@@ -12,8 +12,8 @@ from demo.digits import prepare
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo/data"), help="the folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="decides splits, captions, voices and order")
-    parser.add_argument("--num", type=int, default=10_000, help="documents, 20 to 10000")
+    parser.add_argument("--seed", type=int, default=0, help="decides splits, moves, captions, voices and order")
+    parser.add_argument("--num", type=int, default=10_000, help="pictures, 20 to 10000")
     parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
     arguments = parser.parse_args()
     try:

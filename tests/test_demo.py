@@ -1,4 +1,4 @@
-"""A miniature of the whole demo: the same commands on sixty documents and a few seconds of training."""
+"""A miniature of the whole demo: the same commands on 120 pictures and a few seconds of training."""
 
 import json
 
@@ -10,7 +10,7 @@ from demo.__main__ import main
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    main(["--output", str(folder), "--documents", "120", "--minutes", "0.05", "--num", "4"])
+    main(["--output", str(folder), "--pictures", "120", "--minutes", "0.05", "--num", "4"])
     return folder
 
 
@@ -36,6 +36,13 @@ def test_report_and_metrics(demo, capsys):
 
 def test_finished_stages_are_not_done_again(demo, capfd):
     before = (demo / "metrics.json").stat().st_mtime_ns
-    main(["--output", str(demo), "--documents", "120", "--minutes", "0.05", "--num", "4"])
+    main(["--output", str(demo), "--pictures", "120", "--minutes", "0.05", "--num", "4"])
     assert (demo / "metrics.json").stat().st_mtime_ns == before
     assert capfd.readouterr().out.count("done before") == 5
+
+
+def test_other_options_do_not_pass_for_what_was_done(demo):
+    before = (demo / "commands.txt").read_text()
+    with pytest.raises(SystemExit, match="data was done with other options"):
+        main(["--output", str(demo), "--pictures", "120", "--minutes", "0.05", "--num", "4", "--seed", "1"])
+    assert (demo / "commands.txt").read_text() == before

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from demo.digits import KINDS, MNIST, captions, digit_of, prepare, split_of
+from demo.digits import KINDS, MNIST, MOVED, captions, digit_of, is_real, prepare, split_of
 from demo.judges import digit_named
 from multidiff.data.folder import read_metadata
 
@@ -41,14 +41,36 @@ def test_every_kind_and_order_occurs(folder):
 def test_splits_are_the_permutation(folder):
     order = np.random.default_rng(0).permutation(10_000)[:200]
     records = read_metadata(folder)
-    assert [record.split for record in records] == ["train"] * 160 + ["validation"] * 20 + ["test"] * 20
+    splits = ["train"] * 160 + ["validation"] * 20 + ["test"] * 20
+    copies = [index for index, split in enumerate(splits) for _ in range(1 + MOVED * (split == "train"))]
+    assert [record.split for record in records] == [splits[index] for index in copies]
     with np.load(MNIST) as mnist:
-        pictures, labels = mnist["x"][order], mnist["y"][order]
-    for picture, label, record in zip(pictures, labels, records, strict=True):
-        segments = dict(record.segments)
-        if "image" in segments:
-            assert np.array_equal(np.asarray(Image.open(folder / segments["image"])), np.pad(picture, 2))
-            assert digit_of(segments["image"]) == label
+        pictures, labels = np.pad(mnist["x"][order], ((0, 0), (2, 2), (2, 2))), mnist["y"][order]
+    for index, record in zip(copies, records, strict=True):
+        for name, value in record.segments:
+            if name == "image":
+                assert digit_of(value) == labels[index]
+                same = np.array_equal(np.asarray(Image.open(folder / value)), pictures[index])
+                assert same == is_real(value)
+
+
+def test_moved_pictures_are_the_training_splits_and_stay_what_they_were(folder):
+    values = {
+        value: record.split for record in read_metadata(folder) for name, value in record.segments if name == "image"
+    }
+    moved = [value for value in values if not is_real(value)]
+    assert {values[value] for value in moved} == {"train"}
+    with np.load(MNIST) as mnist:
+        originals = np.pad(mnist["x"], ((0, 0), (2, 2), (2, 2))).astype(float)
+    for value in moved:
+        picture = np.asarray(Image.open(folder / value)).astype(float)
+        original = originals[int(value.split("-")[1])]
+        # Ink stays, and stays nearly where it was: its centre moves by less than 1.3 pixels a side and a turn.
+        assert 0.7 < picture.sum() / original.sum() < 1.3
+        for axis in (0, 1):
+            place = np.arange(32)
+            centre = [(p.sum(1 - axis) * place).sum() / p.sum() for p in (picture, original)]
+            assert abs(centre[0] - centre[1]) < 2
 
 
 def test_voices_are_of_one_split(folder):
@@ -82,10 +104,10 @@ def test_an_interrupted_run_is_begun_anew(tmp_path):
     prepare(tmp_path / "data", num=20, seed=1, progress=False)
     assert not (tmp_path / "data.partial").exists()
     assert not (tmp_path / "data" / "images" / "seven-1.png").exists()
-    assert len(read_metadata(tmp_path / "data")) == 20
+    assert len(read_metadata(tmp_path / "data")) == 20 + 16 * MOVED
     prepare(tmp_path / "data", num=30, seed=1, progress=False)
     assert json.loads((tmp_path / "data" / "prepared.json").read_text())["num"] == 30
-    assert len(read_metadata(tmp_path / "data")) == 30
+    assert len(read_metadata(tmp_path / "data")) == 30 + 24 * MOVED
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
