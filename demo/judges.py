@@ -3,14 +3,14 @@
 Each is trained on real items, or is somebody else's recognizer; its score on real items belongs beside every score
 it gives to generated ones.
 
-Shape suffixes: B batch, N items, C classes, F mel bands, T frames, D features.
+Shape suffixes: B batch, N items, C classes, F mel bands, T frames.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -43,16 +43,14 @@ class Judge(ABC):
     peak_learning_rate: ClassVar[float] = 6e-3
     batch_size: ClassVar[int] = 64
 
-    def __init__(self, body: nn.Sequential, head: nn.Linear):
-        self.body, self.head = body, head
+    def __init__(self, classifier: nn.Module):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.body.to(self.device)
-        self.head.to(self.device)
+        self.classifier = classifier.to(self.device)
 
     @staticmethod
     @abstractmethod
-    def network(classes: int) -> tuple[nn.Sequential, nn.Linear]:
-        """A fresh body (arrays [B, 1, height, width] -> [B, D]) and head (D -> classes)."""
+    def network(classes: int) -> nn.Sequential:
+        """A fresh network: arrays [B, 1, height, width] to logits [B, C]."""
 
     @classmethod
     @abstractmethod
@@ -80,24 +78,18 @@ class Judge(ABC):
         arrays_NHW = cls.arrays(items)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            judge = cls(*cls.network(int(labels_N.max()) + 1))
+            judge = cls(cls.network(int(labels_N.max()) + 1))
         judge._train(arrays_NHW, labels_N, torch.Generator().manual_seed(seed), progress)
         return judge
 
+    @torch.no_grad()
     def predict(self, items: Sequence[Any]) -> Tensor:
         """The class of each item, int64 [N]."""
-        return self._apply(lambda arrays: self.head(self.body(arrays)).argmax(-1), items, torch.int64)
-
-    def features(self, items: Sequence[Any]) -> Tensor:
-        """What the network sees in each item before it names a class, float32 [N, D]."""
-        return self._apply(self.body, items, torch.float32)
-
-    @torch.no_grad()
-    def _apply(self, function: Callable[[Tensor], Tensor], items: Sequence[Any], dtype: torch.dtype) -> Tensor:
         if len(items) == 0:
-            return torch.empty(0, dtype=dtype)
-        self.body.eval()
-        return torch.cat([function(chunk[:, None].to(self.device)).cpu() for chunk in self.arrays(items).split(512)])
+            return torch.empty(0, dtype=torch.int64)
+        self.classifier.eval()
+        chunks = (chunk[:, None].to(self.device) for chunk in self.arrays(items).split(512))
+        return torch.cat([self.classifier(chunk).argmax(-1).cpu() for chunk in chunks])
 
     def _train(self, arrays_NHW: Tensor, labels_N: Tensor, generator: torch.Generator, progress: bool) -> None:
         batches = [
@@ -105,15 +97,14 @@ class Judge(ABC):
             for _ in range(self.epochs)
             for batch in torch.randperm(len(labels_N), generator=generator).split(self.batch_size)
         ]
-        parameters = [*self.body.parameters(), *self.head.parameters()]
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.02)
+        optimizer = torch.optim.AdamW(self.classifier.parameters(), weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.peak_learning_rate, total_steps=len(batches) + 1, pct_start=0.2
         )
-        self.body.train()
+        self.classifier.train()
         for batch in tqdm(batches, desc=f"training {type(self).__name__}", disable=not progress, leave=False):
             arrays_BHW = self.augment(arrays_NHW[batch], generator).to(self.device)
-            logits_BC = self.head(self.body(arrays_BHW[:, None]))
+            logits_BC = self.classifier(arrays_BHW[:, None])
             loss = F.cross_entropy(logits_BC, labels_N[batch].to(self.device), label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -127,12 +118,11 @@ class ImageJudge(Judge):
     epochs = 5
 
     @staticmethod
-    def network(classes: int) -> tuple[nn.Sequential, nn.Linear]:
-        body = nn.Sequential(
+    def network(classes: int) -> nn.Sequential:
+        return nn.Sequential(
             *_block(1, 16, kernel=5, stride=2), *_block(16, 32), nn.MaxPool2d(2), *_block(32, 64), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.ReLU(), nn.Linear(128, classes),
         )  # fmt: skip
-        return body, nn.Linear(128, classes)
 
     @classmethod
     def arrays(cls, items: Sequence[Image.Image]) -> Tensor:
@@ -162,12 +152,11 @@ class SpeechJudge(Judge):
     bands: ClassVar[int] = 40
 
     @staticmethod
-    def network(classes: int) -> tuple[nn.Sequential, nn.Linear]:
-        body = nn.Sequential(
+    def network(classes: int) -> nn.Sequential:
+        return nn.Sequential(
             *_block(1, 16, kernel=5, stride=2), *_block(16, 32), nn.MaxPool2d(2), *_block(32, 64), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * 5 * 12, 128), nn.ReLU(),
+            nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * 5 * 12, 128), nn.ReLU(), nn.Linear(128, classes),
         )  # fmt: skip
-        return body, nn.Linear(128, classes)
 
     @classmethod
     def arrays(cls, items: Sequence[Audio]) -> Tensor:
