@@ -93,10 +93,11 @@ def _cards(samples: Sequence[Sample], given: str, made: str, previews: Mapping[s
 
 def _card(sample: Sample, given: str, made: str, previews: Mapping[str, Any]) -> Card:
     right = sample.judged == sample.digit
+    if made == "text":
+        verdict = "" if right else f" (it is: {DIGITS[sample.digit]})"
+        return Card([Shown(sample.given, previews[given])], sample.made + verdict, right)
     verdict = "" if right else f" (judged: {DIGITS[sample.judged] if sample.judged is not None else 'nothing'})"
     if given == "text":
         return Card([Shown(sample.made, previews[made])], sample.given + verdict, right)
-    shown = Shown(sample.given, previews[given])
-    if made == "text":
-        return Card([shown], sample.made + verdict, right)
-    return Card([shown, Shown(sample.made, previews[made])], DIGITS[sample.digit] + verdict, right)
+    shown = [Shown(sample.given, previews[given]), Shown(sample.made, previews[made])]
+    return Card(shown, DIGITS[sample.digit] + verdict, right)
