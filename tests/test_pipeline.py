@@ -2,10 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from toys import Frames, Grid, generator
 
@@ -214,10 +214,14 @@ def test_save_and_load(saved, tmp_path):
 
 
 def test_push_to_hub_uploads_such_a_folder(saved, monkeypatch, tmp_path):
+    class Card:
+        def save(self, path):
+            Path(path).write_text("blank")
+
     pipeline, folder = saved
     hub = "diffusers.utils.hub_utils"
     monkeypatch.setattr(f"{hub}.create_repo", lambda *a, **k: type("Repo", (), {"repo_id": "me/it"}))
-    monkeypatch.setattr(f"{hub}.load_or_create_model_card", lambda *a, **k: ModelCard("blank"))
+    monkeypatch.setattr(f"{hub}.load_or_create_model_card", lambda *a, **k: Card())
     monkeypatch.setattr(f"{hub}.populate_model_card", lambda card: card)
     monkeypatch.setattr(f"{hub}.upload_folder", lambda folder_path, **k: shutil.copytree(folder_path, tmp_path / "it"))
     pipeline.push_to_hub("me/it")
