@@ -5,8 +5,8 @@ Like Llama: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 - a token has a position on three axes; frequency j of head_dim / 2 turns with axis j mod 3, so three equal
   coordinates give Llama's rotary exactly;
 - a code's coordinates within its segment are added to its embedding as Fourier features, which make every place of a
-  grid a direction of its own. Rotary alone ties what stands where only through attention, and takes several times
-  as many examples to;
+  grid a direction of its own. Rotary alone ties what stands there to its place only through attention, which takes
+  several times as many examples to learn;
 - no time input: the number of masks tells the noise level (Ou et al. 2024, arXiv 2406.03736);
 - the head evaluates only the positions and the span of the vocabulary that it is asked for.
 

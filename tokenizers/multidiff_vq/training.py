@@ -302,8 +302,8 @@ def _entropy_by_place(latents_BDhw: Tensor, codebook_VD: Tensor) -> Tensor:
     """Mean over places of the entropy, nats, of the batch's codes there. A latent counts for code v with
     softmax(-distance² / τ), τ the mean squared distance to the nearest code."""
     latents_BND = latents_BDhw.flatten(2).transpose(1, 2).float()
-    product_BNV = latents_BND @ codebook_VD.T
-    distance_BNV = latents_BND.square().sum(-1, keepdim=True) - 2 * product_BNV + codebook_VD.square().sum(-1)
+    # Difference by difference: a matrix product would be rounded under autocast, and differences of large squares too.
+    distance_BNV = (latents_BND[:, :, None] - codebook_VD).square().sum(-1)
     scale = distance_BNV.detach().amin(-1).mean().clamp_min(1e-6)
     share_NV = torch.softmax(-distance_BNV / scale, -1).mean(0)
     return -(share_NV * share_NV.clamp_min(1e-9).log()).sum(-1).mean()
