@@ -256,20 +256,26 @@ def fourier_features(coords_BL3: Tensor, like_BLD: Tensor) -> Tensor:
     """√2 · (cos, sin)(coords · ω) of D / 2 plane waves, in D's type and shape; 0 where a coordinate is negative.
 
     Fourier features (Rahimi & Recht 2007; for coordinates Tancik et al. 2020, arXiv 2006.10739). The wave vectors
-    ω = 2π frac(j²·(√2, √3, √5)), j = 1, 2, …, are spread evenly and without pattern (Weyl 1916) over the whole cube
-    [0, 2π)³, so that different whole coordinates are nearly orthogonal: their cosine is about ±1/√D. (With D of a few
-    hundred, single pairs of places that differ on all three axes come closer; a cube of 500 places wants D = 1024.)
-    Products are taken one by one: as a matrix product, autocast would round them.
+    ω = 2π frac(j²√2, j³√3, j⁴√5), j = 1, 2, …, are spread evenly and without pattern (Weyl 1916) over the whole cube
+    [0, 2π)³, so that different whole coordinates are nearly orthogonal: their cosine is about ±1/√D. Products are
+    taken one by one: as a matrix product, autocast would round them.
     """
     half = like_BLD.shape[-1] // 2
     exact = torch.float64 if like_BLD.dtype == torch.float64 else torch.float32
-    number_F1 = torch.arange(1, half + 1, dtype=torch.float64)[:, None]
-    turns_F3 = (number_F1.square() * torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64).sqrt()).frac()
-    turns_F3 = turns_F3.to(coords_BL3.device, exact)
+    # Turns in 64-bit fixed point: integers wrap, which leaves the fraction exact however large j⁴ grows.
+    number_F = torch.arange(1, half + 1)
+    turns_F3 = torch.stack([number_F**power * _fixed_fraction_of_root(n) for power, n in ((2, 2), (3, 3), (4, 5))], -1)
+    turns_F3 = (turns_F3.double() / 2.0**64).to(coords_BL3.device, exact)
     turns_BLF = sum(coords_BL3[..., axis, None].to(exact) * turns_F3[:, axis] for axis in range(3))
     phase_BLF = 2 * math.pi * torch.as_tensor(turns_BLF).frac()
     features_BLD = torch.cat([phase_BLF.cos(), phase_BLF.sin()], dim=-1) * math.sqrt(2)
     return features_BLD.masked_fill((coords_BL3 < 0).any(-1, keepdim=True), 0).to(like_BLD.dtype)
+
+
+def _fixed_fraction_of_root(n: int) -> int:
+    """frac(√n) in units of 2^-64, as a signed 64-bit integer: one of 2^63 and more stands for itself less one turn."""
+    fraction = math.isqrt(n << 128) % (1 << 64)
+    return fraction - (fraction >> 63 << 64)
 
 
 def turn(x_BLHE: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor) -> Tensor:

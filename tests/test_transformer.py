@@ -1,6 +1,7 @@
 """The denoiser: positions, documents, spans."""
 
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -95,7 +96,8 @@ def test_fourier_features_are_plane_waves():
     coords_N3 = torch.cartesian_prod(torch.arange(9), torch.arange(8), torch.tensor([0, 1, 999]))
     features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256))[0]
     for wave in (1, 2, 57, 128):
-        angle_N = 2 * np.pi * coords_N3.numpy() @ np.mod(wave**2 * np.sqrt([2, 3, 5]), 1)
+        turns_3 = [float(wave**power * Decimal(n).sqrt() % 1) for power, n in ((2, 2), (3, 3), (4, 5))]
+        angle_N = 2 * np.pi * coords_N3.numpy() @ np.array(turns_3)
         np.testing.assert_allclose(features_ND[:, wave - 1], np.sqrt(2) * np.cos(angle_N), atol=1e-3)
         np.testing.assert_allclose(features_ND[:, 127 + wave], np.sqrt(2) * np.sin(angle_N), atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):  # what is trained is what is sampled with
@@ -106,7 +108,7 @@ def test_fourier_features_are_plane_waves():
 
 @pytest.mark.parametrize(
     ("axes", "width"),
-    [((1, 32, 32), 256), ((500, 2, 1), 256), ((9, 8, 7), 1024), ((1, 24, 24), 8192)],
+    [((1, 32, 32), 256), ((500, 2, 1), 256), ((9, 8, 7), 256), ((1, 24, 24), 8192)],
 )
 def test_fourier_features_tell_places_apart(axes, width):
     coords_N3 = torch.cartesian_prod(*(torch.arange(size) for size in axes))
