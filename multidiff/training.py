@@ -39,7 +39,8 @@ class MaskedDiffusionModule(LightningModule):
         transformer: arguments of `MaskedDiffusionTransformer`, all but `vocabulary_rows`.
         tasks: the task mixture; null trains every segment of every document with one noise level each.
         objective: schedule, weighting, normalisation and importance per tokenizer of the training loss.
-        optimizer: called with two parameter groups, matrices and the rest; the rest gets no weight decay.
+        optimizer: called with three parameter groups: the blocks' matrices (marked `hidden: True`), the embedding and
+            the head, and vectors, which get no weight decay.
         warmup_steps: steps of linear warm-up.
         final_lr: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
             (`max_steps`, `max_epochs`, `max_time`) is reached.
@@ -165,9 +166,14 @@ class MaskedDiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         weights = [weight for weight in self.parameters() if weight.requires_grad]
+        blocks = {id(weight) for weight in self.transformer.blocks.parameters()}
         matrices = [weight for weight in weights if weight.dim() >= 2]
-        vectors = [weight for weight in weights if weight.dim() < 2]
-        optimizer = self.optimizer([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
+        groups = [
+            {"params": [weight for weight in matrices if id(weight) in blocks], "hidden": True},
+            {"params": [weight for weight in matrices if id(weight) not in blocks], "hidden": False},
+            {"params": [weight for weight in weights if weight.dim() < 2], "hidden": False, "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer(groups)
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, self.warmup_steps))

@@ -73,6 +73,17 @@ def test_moved_pictures_are_the_training_splits_and_stay_what_they_were(folder):
             assert abs(centre[0] - centre[1]) < 2
 
 
+def test_moved_clips_are_the_training_splits_played_faster_or_slower(folder):
+    values = {
+        value: record.split for record in read_metadata(folder) for name, value in record.segments if name == "speech"
+    }
+    moved = [value for value in values if not is_real(value)]
+    assert {values[value] for value in moved} == {"train"}
+    for value in moved:
+        original = soundfile.info(folder / value.replace(f"-{value.split('-')[-1]}", ".flac")).duration
+        assert 1 / 1.21 < soundfile.info(folder / value).duration / original < 1 / 0.89
+
+
 def test_voices_are_of_one_split(folder):
     voices = {}
     for record in read_metadata(folder):

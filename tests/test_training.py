@@ -44,7 +44,7 @@ def config(folder, **trainer):
                     {"roles": {"text": "target", "others": "given"}, "drop": 0.2},
                     {"roles": {"others": "target"}, "noise": "shared"},
                 ],
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "optimizer": {"class_path": "multidiff.optimizer.MuonAdamW", "init_args": {"lr": 0.01}},
                 "warmup_steps": 2,
                 "samplers": {"text": {"canvas": {"tokens": 5}}},
             },
