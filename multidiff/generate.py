@@ -7,6 +7,7 @@ Parses before it imports anything heavy, and never imports the training stack.
 from __future__ import annotations
 
 import argparse
+import json
 import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ _EPILOG = """examples:
 def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
     """Parse `arguments` and generate; the first may name a preset: "caption", "image" or "audio"."""
     preset = arguments[0] if arguments and arguments[0] in _PRESETS else None
-    options = _parser(preset, prog).parse_args(arguments[1:] if preset else arguments)
+    parser = _parser(preset, prog)
+    options, rest = parser.parse_known_args(arguments[1:] if preset else arguments)
+    options.sampler = _overrides(parser, rest)
     from multidiff.cli import stop
 
     try:
@@ -63,8 +66,31 @@ def _parser(preset: str | None, prog: str) -> argparse.ArgumentParser:
     saved = "(default: as saved with the model)"
     parser.add_argument("--steps", type=_positive, help=f"decoding steps {saved}")
     parser.add_argument("--guidance", type=float, help=f"classifier-free guidance, 1 is none {saved}")
+    help_ = f"a decoding setting of tokenizer NAME, e.g. --sampler.text.order=margin {saved}"
+    parser.add_argument("--sampler.NAME.KEY", metavar="VALUE", dest="sampler", help=help_)
     parser.add_argument("--device", help="where to run (default: a GPU if there is one)")
     return parser
+
+
+def _overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{tokenizer: {setting: value}} of arguments `--sampler.NAME.KEY=VALUE` or `--sampler.NAME.KEY VALUE`; values are
+    JSON where they can be read as such, else text."""
+    overrides: dict[str, dict[str, Any]] = {}
+    words = iter(rest)
+    for word in words:
+        key, mark, value = word.partition("=")
+        path = key.split(".")
+        if path[0] != "--sampler" or len(path) != 3:
+            parser.error(f"unrecognized argument: {word}")
+        if not mark:
+            value = next(words, None)
+            if value is None:
+                parser.error(f"{word} needs a value, for instance {word}=1")
+        try:
+            overrides.setdefault(path[1], {})[path[2]] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides.setdefault(path[1], {})[path[2]] = value
+    return overrides
 
 
 class _Segment(argparse.Action):
@@ -92,12 +118,17 @@ def _generate(preset: str | None, options: argparse.Namespace) -> None:
     import torch
 
     from multidiff.pipeline import MultiDiffPipeline
+    from multidiff.samplers import MaskSampler
     from multidiff.seeding import generator_for
 
     if preset is None and not options.segments:
         raise ValueError("nothing to do: name what is there with --given and what to fill in with --fill")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = MultiDiffPipeline.from_pretrained(options.model, device=device)
+    for name, settings in options.sampler.items():
+        pipeline.vocabulary.layout(name)
+        changed = {**pipeline.samplers[name].settings, **settings}
+        pipeline.samplers[name] = MaskSampler.from_settings(changed, f"--sampler.{name}")
     documents = _documents(preset, options, pipeline)
     repeated = [document for document in documents for _ in range(options.num)]
     pipeline.set_progress_bar_config(disable=None, leave=False)

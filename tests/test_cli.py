@@ -145,6 +145,21 @@ def test_scripts_are_the_presets(model, files, tmp_path):
     assert "--image" in run(ROOT / "scripts/generate_audio.py", "--help")
 
 
+def test_decoding_settings_on_the_command_line(model, files, capsys):
+    def caption(*options):
+        main(["generate", "caption", "--model", str(model), str(files / "a.png"), *options])
+        return capsys.readouterr().out.split("\t")[1]
+
+    plain = caption()
+    assert caption("--sampler.text.temperature=0", "--sampler.text.order", "margin") == caption(
+        "--sampler.text.temperature=0", "--sampler.text.order=margin", "--seed", "9"
+    )
+    everything_but_zero = ",".join(str(code) for code in range(1, 257))
+    assert caption(f"--sampler.text.forbidden=[{everything_but_zero}]").strip() == "!" * 5
+    assert caption("--sampler.text.count=linear", "--sampler.text.block_size=2") != plain
+    assert caption() == plain
+
+
 BAD = {
     "no such.png does not exist|no such.png": ["caption", "no such.png"],
     r"broken.png": ["caption", "broken.png"],
@@ -156,6 +171,13 @@ BAD = {
     "nothing to do": [],
     "no room|larger": ["--fill", "text:tokens=0"],
     "write sizes as whole numbers": ["--fill", "image:height=big"],
+    "--sampler.text: no sampler setting is called 'ordr'; did you mean 'order'": [
+        "--sampler.text.ordr=1",
+        "--fill",
+        "text",
+    ],
+    "--sampler.text: order 'best' must be one of random, confidence": ["--sampler.text.order=best", "--fill", "text"],
+    "no tokenizer is called 'nose'": ["--sampler.nose.order=random", "--fill", "text"],
 }
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AmusedScheduler, BlockRefinementScheduler, DDIMScheduler
 from safetensors.torch import load_file, save_file
 from toys import Frames, Grid, generator
 
 from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
 from multidiff.transformer import MaskedDiffusionTransformer
-from multidiff.vocabulary import SharedVocabulary
+from multidiff.vocabulary import MASK, SharedVocabulary
 from multidiff_bpe import BPETokenizer
 
 
@@ -137,8 +138,97 @@ def test_steps_nfe_and_callback(pipe):
     assert [(step, timestep) for step, timestep, _ in seen] == [(0, 2), (1, 1), (2, 0)]
     assert [known for _, _, known in seen][-1] == 6
     assert output.nfe == [3]
-    # More steps than codes: a code a step, and no forward pass for nothing.
-    assert pipe([[Blank("note", frames=2)]], num_inference_steps=50, generator=generator()).nfe == [2]
+    # More saved steps than codes: a code a step, and no forward pass for nothing.
+    saved = make({"note": Frames((6,))}, {"note": MaskSampler(num_inference_steps=50)})
+    assert saved([[Blank("note", frames=2)]], generator=generator()).nfe == [2]
+
+
+def test_each_condition_has_a_scale_of_its_own(pipe):
+    document = [Given("note", [1, 2]), Given("speech", [1, 2]), Blank("picture")]
+
+    def made(scale):
+        return pipe([document], 1, guidance_scale=scale, generator=generator(), trace=True)
+
+    both, note, speech, none = (
+        made(scale) for scale in ({"note": 3.0, "speech": 2.0}, {"note": 3.0}, {"speech": 2.0}, 1.0)
+    )
+    assert both.nfe == [3]
+    assert note.nfe == speech.nfe == [2]
+    assert none.nfe == [1]
+    assert made({"note": 1.0}).trace == none.trace
+    assert len({str(output.trace) for output in (both, note, speech, none)}) == 4
+
+
+def test_guidance_follows_the_definition():
+    tokenizers = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))}
+    pipe = make(tokenizers, {"picture": MaskSampler(num_inference_steps=1)})
+    document = [Given("note", [1, 2]), Given("speech", [1, 2]), Blank("picture")]
+    output = pipe([document], guidance_scale={"note": 3.0, "speech": 0.5}, generator=generator(), trace=True)
+    first = {}
+    for hidden in ((), ("note",), ("speech",)):
+        batch = pipe.sequencer.batch(pipe._segments([document]))
+        segment_BL = batch.segment_BL
+        names = ["note", "speech", "picture"]
+        seen_BL = batch.ids_BL.clone()
+        for number, name in enumerate(names):
+            if name in hidden or name == "picture":
+                inside_BL = segment_BL == number
+                unknown_BL = ~batch.known_BL if name == "picture" else batch.known_BL
+                seen_BL[inside_BL & unknown_BL] = MASK
+        place_N = ((segment_BL == 2) & ~batch.known_BL).flatten().nonzero().flatten()
+        span = pipe.vocabulary.spans["picture"][0]
+        with torch.no_grad():
+            (logits_NV,) = pipe.transformer(
+                seen_BL, batch.positions_BL3, batch.document_BL, [(place_N, span)], batch.coords_BL3
+            )
+        first[hidden] = torch.log_softmax(logits_NV, -1)
+    guided_NV = first[()] + 2.0 * (first[()] - first["note",]) - 0.5 * (first[()] - first["speech",])
+    p_NV = torch.softmax(guided_NV, -1)
+    assert len(output.trace[0]) == 6
+    for decision in output.trace[0]:
+        assert decision.p == pytest.approx(float(p_NV[decision.place, decision.token]), rel=1e-6)
+
+
+def test_a_trace_tells_what_was_decided_when(pipe):
+    documents = [[Given("note", [1]), Blank("picture"), Blank("speech", frames=2)], [Blank("note", frames=3)]]
+    settings = {"order": "random", "count": "ancestral", "remask": "rescale", "eta": 0.8, "num_inference_steps": 9}
+    samplers = {"picture": MaskSampler(**settings), "speech": MaskSampler(num_inference_steps=2)}
+    pipe = make({"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))}, samplers)
+    plain = pipe(documents, generator=[generator(1), generator(2)])
+    traced = pipe(documents, generator=[generator(1), generator(2)], trace=True)
+    assert plain.trace is None
+    assert items(plain.documents) == items(traced.documents)
+    for document, trace in zip(traced.documents, traced.trace, strict=True):
+        codes, steps = {}, [decision.step for decision in trace]
+        assert steps == sorted(steps)
+        for decision in trace:
+            place = decision.segment, decision.place
+            assert (decision.token == -1) == (decision.p != decision.p)
+            if decision.token == -1:
+                del codes[place]
+            else:
+                assert place not in codes
+                codes[place] = decision.token
+        for number in {segment for segment, _ in codes if document[segment].tokenizer == "picture"}:
+            made = [codes[number, place] for place in range(len(document[number].codes))]
+            assert made == document[number].codes.ids_N.tolist()
+    assert any(decision.token == -1 for decision in traced.trace[0])
+    assert {decision.segment for decision in traced.trace[0]} == {1, 2}
+
+
+def test_logits_of_an_unchanged_document_are_not_computed_again(pipe):
+    """With many more steps than codes, most ancestral steps decide nothing."""
+    sampler = MaskSampler(order="random", count="ancestral", num_inference_steps=60)
+    pipe = make({"note": Frames((6,))}, {"note": sampler})
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    output = pipe([[Blank("note", frames=2)]], generator=generator(), trace=True)
+    steps = {decision.step for decision in output.trace[0]}
+    assert output.nfe == [len(calls)]
+    assert len(calls) == len(steps)
+    twice = pipe([[Blank("note", frames=2)]] * 2, generator=[generator(), generator(9)])
+    assert twice.nfe[0] == output.nfe[0]
+    assert twice.documents[0][0].item == output.documents[0][0].item
 
 
 def test_global_random_state_is_left_alone(pipe):
@@ -159,6 +249,9 @@ def test_bad_requests(pipe):
         ([["note", Blank("note")]], {}, "document 0: 'note' is no Given"),
         ([[Blank("note")]], {"guidance_scale": 2.0}, "document 0 has no given segment"),
         ([[Blank("note")]], {"num_inference_steps": 0}, "at least 1"),
+        ([[Blank("note")]], {"num_inference_steps": 4}, "num_inference_steps 4 is more than the 3 codes"),
+        ([[Given("note", [1]), Blank("note")]], {"guidance_scale": {"picture": 2.0}}, "no given 'picture' segment"),
+        ([[Given("note", [1]), Blank("note")]], {"guidance_scale": {"nose": 2.0}}, "no tokenizer is called 'nose'"),
         ([[Blank("note")]], {"generator": [generator(), generator()]}, "2 generators for 1 documents"),
     ]
     for documents, options, message in cases:
@@ -294,3 +387,41 @@ def test_another_tokenizer_in_the_folder_is_refused(saved):
     BPETokenizer.train(["seven seven seven"], 260).save(folder / "tokenizers" / "text")
     with pytest.raises(ValueError, match=r"vocabulary.json: tokenizer 'text' had codebook_sizes \(256,\), here it has"):
         MultiDiffPipeline.from_pretrained(folder)
+
+
+def test_schedulers_of_diffusers_can_be_handed_in():
+    samplers = {
+        "picture": AmusedScheduler(mask_token_id=999),
+        "speech": BlockRefinementScheduler(block_length=4, num_inference_steps=2, threshold=0.99),
+        "note": BlockRefinementScheduler(block_length=3, num_inference_steps=3, editing_threshold=0.2),
+    }
+    pipe = make({"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))}, samplers)
+    known = Partial("note", pipe.tokenizers["note"].encode([[1, 2, 3, 4]])[0], torch.tensor([True, False, False, True]))
+    documents = [
+        [Given("note", [1, 2, 3]), Blank("picture"), Blank("speech", frames=5)],
+        [known, Blank("speech", frames=2)],
+        [Blank("picture", height=3, width=4), Blank("note", frames=7)],
+    ]
+    together = pipe(documents, generator=[generator(i) for i in range(3)], trace=True)
+    for index, document in enumerate(documents):
+        alone = pipe([document], generator=[generator(index)])
+        assert items(alone.documents) == [[part.item for part in together.documents[index]]]
+    assert together.documents[1][0].codes.ids_N[[0, 3]].tolist() == [1, 4]
+    # Greedy blocks of 4, two codes a step at the least, one block after the other.
+    steps = [decision.step for decision in together.trace[0] if decision.segment == 2]
+    places = [decision.place for decision in together.trace[0] if decision.segment == 2]
+    assert max(steps) <= 5
+    assert [place // 4 for place in places] == sorted(place // 4 for place in places)
+    with pytest.raises(ValueError, match=r"samplers.json holds MaskSampler's settings, not a AmusedScheduler's"):
+        _ = pipe.samplers["picture"].settings
+    with pytest.raises(ValueError, match="DDIMScheduler decides no masked tokens"):
+        make({"note": Frames((6,))}, {"note": DDIMScheduler()})
+
+
+def test_amused_decides_as_many_codes_a_step_as_our_cosine():
+    tokenizers = {"picture": Grid(5, 4, 4)}
+    pipe = make(tokenizers, {"picture": AmusedScheduler(mask_token_id=5)})
+    output = pipe([[Blank("picture")]], 5, generator=generator(), trace=True)
+    numbers = torch.bincount(torch.tensor([decision.step for decision in output.trace[0]])).tolist()
+    ours = make(tokenizers, {"picture": MaskSampler()})([[Blank("picture")]], 5, generator=generator(), trace=True)
+    assert numbers == torch.bincount(torch.tensor([decision.step for decision in ours.trace[0]])).tolist()

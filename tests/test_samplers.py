@@ -12,18 +12,16 @@ from toys import generator
 
 from multidiff.samplers import MaskSampler
 from multidiff.samplers.choice import choose
-from multidiff.samplers.count import cosine, linear
-from multidiff.samplers.guidance import guide
+from multidiff.samplers.count import SCHEDULES
+from multidiff.samplers.guidance import guide, scale_at
 
 
 def run(sampler, sample_RN, steps, model, generators, seen=None):
     """Drive a sampler: `model(row ids)` gives logits_NV of one row."""
     zeros_RN = torch.zeros_like(sample_RN)
     state = sampler.start(sample_RN, zeros_RN, zeros_RN[..., None].expand(-1, -1, 3), steps)
-    for timestep in range(steps - 1, -1, -1):
+    for timestep in range(state.steps - 1, -1, -1):
         where_RN = sampler.needs(state)
-        if not bool(where_RN.any()):
-            break
         logits_RNV = torch.stack([model(row_N) for row_N in sample_RN])
         output = sampler.step(
             logits_RNV[where_RN], timestep, sample_RN, where=where_RN, state=state, generator=generators
@@ -73,21 +71,26 @@ def test_random_order_one_at_a_time_samples_the_joint(seed):
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
-def test_counts_follow_their_definitions(unknown, steps):
+def test_schedules_follow_their_definitions(unknown, steps):
     steps = min(steps, unknown)
-    steps_R, initial_R = torch.tensor([steps]), torch.tensor([unknown])
-    left = {"linear": unknown, "cosine": unknown}
-    for k in range(steps):
-        now = int(linear(k, steps_R, initial_R, torch.tensor([left["linear"]])))
-        assert left["linear"] - now == unknown // steps + (k < unknown % steps)  # LLaDA
-        left["linear"] = now
-        now = int(cosine(k, steps_R, initial_R, torch.tensor([left["cosine"]])))
-        if k + 1 < steps:  # MaskGIT
-            kept = math.floor(unknown * math.cos(math.pi / 2 * (k + 1) / steps) + 1e-12)
-            assert now == max(1, min(left["cosine"] - 1, kept)) or abs(now - kept) <= 1
-        assert now < left["cosine"]
-        left["cosine"] = now
-    assert left == {"linear": 0, "cosine": 0}
+    shares = {
+        "cosine": lambda r: math.cos(math.pi / 2 * r),
+        "arccos": lambda r: math.acos(r) / (math.pi / 2),
+        "power": lambda r: 1 - r**3,
+    }
+    assert SCHEDULES["linear"](unknown, steps) == [
+        unknown // steps + (k < unknown % steps) for k in range(steps)
+    ]  # LLaDA
+    for name, share in shares.items():
+        decided = SCHEDULES[name](unknown, steps, **({"exponent": 3} if name == "power" else {}))
+        assert len(decided) == steps
+        assert sum(decided) == unknown
+        assert min(decided) >= 1
+        left = unknown
+        for k, number in enumerate(decided[:-1]):  # MaskGIT
+            kept = math.floor(unknown * share((k + 1) / steps) + 1e-9)
+            assert left - number in (max(1, min(left - 1, kept)), max(1, min(left - 1, kept - 1)))
+            left -= number
 
 
 @settings(max_examples=40, deadline=None)
@@ -175,8 +178,12 @@ def test_draws_follow_the_distribution_in_fp64():
 def test_guidance():
     conditional = torch.tensor([[0.0, 1.0, -torch.inf]])
     unconditional = torch.tensor([[0.5, 0.5, -torch.inf]])
-    assert guide(conditional, unconditional, 1.0).tolist() == conditional.tolist()
-    assert guide(conditional, unconditional, 3.0).tolist() == [[-1.0, 2.0, -torch.inf]]
+    assert guide(conditional, [(unconditional, 1.0)]).tolist() == conditional.tolist()
+    assert guide(conditional, [(unconditional, 3.0)]).tolist() == [[-1.0, 2.0, -torch.inf]]
+    assert guide(conditional, [(unconditional, 3.0), (torch.zeros(1, 3), 2.0)]).tolist() == [[-1.0, 3.0, -torch.inf]]
+    assert [scale_at(3.0, "linear", k, 3) for k in range(3)] == [1.0, 2.0, 3.0]
+    assert [scale_at(3.0, [0.25, 0.5], k, 4) for k in range(4)] == [1.0, 3.0, 3.0, 1.0]
+    assert scale_at(3.0, "constant", 0, 4) == 3.0
 
 
 def test_settings_survive_and_bad_ones_are_named(tmp_path):
@@ -186,9 +193,3 @@ def test_settings_survive_and_bad_ones_are_named(tmp_path):
     assert MaskSampler.from_pretrained(tmp_path).settings == sampler.settings
     with pytest.raises(ValueError, match=r"x.json: no sampler setting is called 'temprature'; did you mean 'tempe"):
         MaskSampler.from_settings({"temprature": 1}, "x.json")
-    with pytest.raises(ValueError, match="order 'halton' must be one of"):
-        MaskSampler(order="halton")
-    with pytest.raises(ValueError, match="top_p 0"):
-        MaskSampler(top_p=0)
-    with pytest.raises(ValueError, match="order='random' has none"):
-        MaskSampler(order="random", order_temperature=1.0)

@@ -5,53 +5,101 @@ Shape suffixes: M positions, V local ids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Choice:
     """One candidate for each position.
 
     Attributes:
         token_M: int64, local ids.
-        log_p_M: float64, log-probability of the token under the model, before temperature and top-p.
+        log_p_M: float64, log-probability of the token under the model, before temperature and truncation.
+        best_M: int64, the most probable token, the lowest id among equals.
     """
 
-    token_M: Tensor
-    log_p_M: Tensor
+    def __init__(self, token_M: Tensor, log_p_MV: Tensor):
+        self.token_M = token_M
+        self._log_p_MV = log_p_MV
+        self.log_p_M = log_p_MV.gather(-1, token_M[:, None]).squeeze(-1)
+
+    @cached_property
+    def best_M(self) -> Tensor:
+        return self._log_p_MV.argmax(-1)
+
+    @cached_property
+    def best_p_M(self) -> Tensor:
+        """Probability of the most probable token."""
+        return self._log_p_MV.amax(-1).exp()
+
+    @cached_property
+    def margin_M(self) -> Tensor:
+        """Probability of the most probable token less that of the second (Kim et al. 2025, arXiv 2502.06768)."""
+        if self._log_p_MV.shape[-1] == 1:
+            return torch.ones_like(self.log_p_M)
+        first_M, second_M = self._log_p_MV.topk(2, dim=-1).values.exp().unbind(-1)
+        return first_M - second_M
+
+    @cached_property
+    def entropy_M(self) -> Tensor:
+        """Entropy, nats."""
+        return torch.special.entr(self._log_p_MV.exp()).sum(-1)
 
 
-def choose(logits_MV: Tensor, uniform_M: Tensor, temperature: float, top_p: float) -> Choice:
-    """Draw tokens by inverting the cumulative distribution at `uniform_M`, in fp64.
+def choose(
+    logits_MV: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    typical_p: float = 1.0,
+) -> Choice:
+    """Draw tokens in fp64.
 
-    In fp32 rare tokens fall below the rounding of the cumulative sum, which sharpens the distribution
-    (Zheng et al. 2024, arXiv 2409.02908, section 4).
+    In fp32 rare tokens fall below the rounding, which sharpens the distribution (Zheng et al. 2024,
+    arXiv 2409.02908, section 4).
 
     Args:
         logits_MV: -inf at ids that cannot be.
-        uniform_M: float64 in [0, 1), one number per position.
+        uniform: float64 in [0, 1). Shape M: one number a position, at which the cumulative distribution is inverted.
+            Shape MV: one a token, for the Gumbel-max trick, argmax(log p - log(-log u)), as LLaDA draws.
         temperature: divides the logits; 0 takes the most probable token, the lowest id among equals.
+        top_k: keep the k most probable tokens; None keeps all.
         top_p: keep the smallest set of tokens of at least this probability (Holtzman et al. 2020, arXiv 1904.09751).
+        typical_p: keep the smallest set of at least this probability whose surprise is nearest to the entropy (Meister
+            et al. 2023, arXiv 2202.00666).
     """
     log_p_MV = torch.log_softmax(logits_MV.double(), dim=-1)
     if temperature == 0:
-        token_M = log_p_MV.argmax(dim=-1)
-    else:
-        p_MV = torch.softmax(log_p_MV / temperature, dim=-1)
-        if top_p < 1:
-            p_MV = _nucleus(p_MV, top_p)
-        cumulative_MV = p_MV.cumsum(dim=-1)
-        total_M1 = cumulative_MV[:, -1:]
-        # `right`, and below the total even after rounding: a token of probability 0 is never drawn.
-        point_M1 = torch.minimum(uniform_M[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
-        token_M = torch.searchsorted(cumulative_MV, point_M1, right=True).squeeze(-1)
-    return Choice(token_M, log_p_MV.gather(-1, token_M[:, None]).squeeze(-1))
+        return Choice(log_p_MV.argmax(dim=-1), log_p_MV)
+    p_MV = torch.softmax(log_p_MV / temperature, dim=-1)
+    if top_k is not None and top_k < p_MV.shape[-1]:
+        kept_Mk = p_MV.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+        p_MV = _renormalised(torch.zeros_like(p_MV).scatter(-1, kept_Mk, p_MV.gather(-1, kept_Mk)))
+    if top_p < 1:
+        p_MV = _renormalised(_smallest_set(p_MV, -p_MV, top_p))
+    if typical_p < 1:
+        entropy_M1 = torch.special.entr(p_MV).sum(-1, keepdim=True)
+        p_MV = _renormalised(_smallest_set(p_MV, (-p_MV.log() - entropy_M1).abs(), typical_p))
+    if uniform.dim() == 2:
+        gumbel_MV = -(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()
+        return Choice((p_MV.log() + gumbel_MV).argmax(dim=-1), log_p_MV)
+    cumulative_MV = p_MV.cumsum(dim=-1)
+    total_M1 = cumulative_MV[:, -1:]
+    # `right`, and below the total even after rounding: a token of probability 0 is never drawn.
+    point_M1 = torch.minimum(uniform[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
+    return Choice(torch.searchsorted(cumulative_MV, point_M1, right=True).squeeze(-1), log_p_MV)
 
 
-def _nucleus(p_MV: Tensor, top_p: float) -> Tensor:
-    sorted_MV, order_MV = p_MV.sort(dim=-1, descending=True, stable=True)
+def _smallest_set(p_MV: Tensor, key_MV: Tensor, mass: float) -> Tensor:
+    """p where the tokens of smaller key together have less than `mass`, else 0."""
+    order_MV = key_MV.argsort(dim=-1, stable=True)
+    sorted_MV = p_MV.gather(-1, order_MV)
     before_MV = sorted_MV.cumsum(dim=-1) - sorted_MV
-    return torch.zeros_like(p_MV).scatter(-1, order_MV, torch.where(before_MV < top_p, sorted_MV, 0.0))
+    return torch.zeros_like(p_MV).scatter(-1, order_MV, torch.where(before_MV < mass, sorted_MV, 0.0))
+
+
+def _renormalised(p_MV: Tensor) -> Tensor:
+    return p_MV / p_MV.sum(-1, keepdim=True)

@@ -1,32 +1,91 @@
-"""Count: how many positions of a row stay undecided after step k = 0, 1, … of K.
+"""Count: how many positions are decided at each step.
 
-K is the row's own: a row with fewer positions than the run has steps takes one step for each.
+A schedule knows the numbers beforehand; an adaptive rule reads them off what the model thinks of the positions.
 
-Shape suffix: R rows.
+Shape suffixes: R rows, N columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def linear(step: int, steps_R: Tensor, initial_R: Tensor, undecided_R: Tensor) -> Tensor:
-    """⌊n₀ / K⌋ positions a step, the first n₀ mod K steps one more (Nie et al. 2025, LLaDA)."""
-    decided_R = initial_R // steps_R * (step + 1) + (initial_R % steps_R).clamp_max(step + 1)
-    return torch.minimum(undecided_R, initial_R - decided_R)
+def linear(number: int, steps: int) -> list[int]:
+    """⌊n / K⌋ positions a step, the first n mod K steps one more (Nie et al. 2025, LLaDA, arXiv 2502.09992)."""
+    return [number // steps + (step < number % steps) for step in range(steps)]
 
 
-def cosine(step: int, steps_R: Tensor, initial_R: Tensor, undecided_R: Tensor) -> Tensor:
-    """max(1, min(undecided - 1, ⌊n₀ cos(π/2 · (k + 1)/K)⌋)); 0 after the last (Chang et al. 2022, MaskGIT).
+def cosine(number: int, steps: int) -> list[int]:
+    """Leaves ⌊n cos(π/2 · r)⌋ undecided at r = (k + 1)/K (Chang et al. 2022, MaskGIT, arXiv 2202.04200)."""
+    return _leaving(number, steps, lambda r: math.cos(math.pi / 2 * r))
 
-    n₀ is what was unknown at the start, not the size of the grid, so that inpainting takes all its steps.
+
+def arccos(number: int, steps: int) -> list[int]:
+    """Leaves ⌊n · 2/π · arccos(r)⌋ undecided (Besnier & Chen 2023, arXiv 2310.14400)."""
+    return _leaving(number, steps, lambda r: 2 / math.pi * math.acos(r))
+
+
+def power(number: int, steps: int, exponent: float) -> list[int]:
+    """Leaves ⌊n (1 - r^p)⌋ undecided (Chang et al. 2022, section 3.3: square and cubic)."""
+    return _leaving(number, steps, lambda r: 1 - r**exponent)
+
+
+def _leaving(number: int, steps: int, share: Callable[[float], float]) -> list[int]:
+    """Numbers decided, where max(1, min(undecided - 1, ⌊n · share(r)⌋)) stay, and none after the last step.
+
+    n is what was unknown at the start, not the size of the grid, so that inpainting takes all its steps.
     """
-    share_R = torch.cos(torch.pi / 2 * (step + 1) / steps_R.double())
-    kept_R = torch.minimum((initial_R * share_R).floor().long(), undecided_R - 1).clamp_min(1)
-    return torch.where(step + 1 < steps_R, kept_R, 0)
+    decided, undecided = [], number
+    for step in range(1, steps + 1):
+        kept = max(1, min(undecided - 1, math.floor(number * share(step / steps)))) if step < steps else 0
+        decided.append(undecided - kept)
+        undecided = kept
+    return decided
 
 
-COUNTS: dict[str, Callable[[int, Tensor, Tensor, Tensor], Tensor]] = {"linear": linear, "cosine": cosine}
+SCHEDULES: dict[str, Callable[..., list[int]]] = {"linear": linear, "cosine": cosine, "arccos": arccos, "power": power}
+
+
+def threshold(p_RN: Tensor, least: float) -> Tensor:
+    """Positions of confidence p ≥ τ, at least one (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, algorithm 1).
+
+    Args:
+        p_RN: probability of each candidate, the surest first; -1 where there is none.
+
+    Returns:
+        count_R: how many, from the first.
+    """
+    return _at_least_one((p_RN >= least).sum(1), p_RN[:, 0] >= 0)
+
+
+def factor(p_RN: Tensor, most: float) -> Tensor:
+    """The largest n with (n + 1)(1 - p of the n-th) < f, at least one (Fast-dLLM, section 3.3)."""
+    number_N = torch.arange(2, p_RN.shape[1] + 2, device=p_RN.device)
+    fits_RN = (number_N * (1 - p_RN) < most) & (p_RN >= 0)
+    return _at_least_one((fits_RN * (number_N - 1)).amax(1), p_RN[:, 0] >= 0)
+
+
+def entropy_bound(entropy_RN: Tensor, gamma: float) -> Tensor:
+    """The largest prefix with Σ H - max H ≤ γ nats, at least one (Ben-Hamu et al. 2025, arXiv 2505.24857, eq. 9).
+
+    Args:
+        entropy_RN: of each candidate, the lowest first; +inf where there is none.
+    """
+    there_RN = entropy_RN.isfinite()
+    rest_RN = entropy_RN.where(there_RN, 0).cumsum(1) - entropy_RN.where(there_RN, 0)
+    return _at_least_one(((rest_RN <= gamma) & there_RN).sum(1), there_RN[:, 0])
+
+
+def _at_least_one(count_R: Tensor, any_R: Tensor) -> Tensor:
+    return torch.maximum(count_R, any_R.to(count_R.dtype))
+
+
+ADAPTIVE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "threshold": threshold,
+    "factor": factor,
+    "entropy_bound": entropy_bound,
+}

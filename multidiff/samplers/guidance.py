@@ -1,14 +1,51 @@
-"""Classifier-free guidance: the condition masked is the null."""
+"""Classifier-free guidance: the condition masked is the null.
+
+Shape suffixes: M positions, V local ids.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
-def guide(conditional_MV: Tensor, unconditional_MV: Tensor, scale: float) -> Tensor:
-    """u + s (c - u) on log-probabilities up to a constant (Ho & Salimans 2022, arXiv 2207.12598, eq. 6 with s = 1 + w;
-    Schiff et al. 2024, arXiv 2412.10193, for discrete diffusion). s = 1 is the conditional model, as in diffusers.
+def guide(conditional_MV: Tensor, nulls: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """c + Σ (sᵢ - 1)(c - uᵢ) on log-probabilities up to a constant; with one null that is u + s (c - u).
+
+    Ho & Salimans 2022, arXiv 2207.12598, eq. 6 with s = 1 + w; Schiff et al. 2024, arXiv 2412.10193, for discrete
+    diffusion; Liu et al. 2022, arXiv 2206.01714, eq. 11 for several conditions. s = 1 is the conditional model, as in
+    diffusers.
+
+    Args:
+        nulls: logits uᵢ of the model that does not see condition i, and sᵢ.
     """
-    guided_MV = unconditional_MV + scale * (conditional_MV - unconditional_MV)
+    guided_MV = conditional_MV
+    for null_MV, scale in nulls:
+        guided_MV = guided_MV + (scale - 1) * (conditional_MV - null_MV)
     return guided_MV.masked_fill(torch.isneginf(conditional_MV), -torch.inf)  # impossible stays impossible
+
+
+def scale_at(scale: float, schedule: str | Sequence[float], step: int, steps: int) -> float:
+    """The scale at step k of K, after "constant", "linear" (Chang et al. 2023, Muse, arXiv 2301.00704, section 2.7), or
+    an interval of the share k/K (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
+    if schedule == "constant":
+        return scale
+    if schedule == "linear":
+        return 1 + (scale - 1) * (step / (steps - 1) if steps > 1 else 1.0)
+    first, last = schedule
+    return scale if float(first) <= step / steps <= float(last) else 1.0
+
+
+def check_guidance(scale: float | Mapping[str, float], schedule: str | Sequence[float]) -> None:
+    """Raises a ValueError for a schedule that is none, or that has no scale to follow."""
+    if schedule in ("constant", "linear"):
+        known = True
+    else:
+        known = not isinstance(schedule, str) and len(schedule) == 2 and 0 <= schedule[0] < schedule[1] <= 1
+    if not known:
+        raise ValueError(f"guidance_schedule {schedule!r} must be constant, linear or [first, last] within [0, 1]")
+    scales = scale.values() if isinstance(scale, Mapping) else (scale,)
+    if schedule != "constant" and all(value == 1 for value in scales):
+        raise ValueError(f"guidance_schedule {schedule!r} needs guidance_scale, which is {scale}")

@@ -1,17 +1,18 @@
-"""`MaskSampler`: unmasking of one tokenizer's codes, composed of order, count and choice.
+"""`MaskSampler`: unmasking of one tokenizer's codes, composed of order, count, choice and remask.
 
 One row per document, one column per code that was unknown at the start, local ids, V the largest level's span. A
 masked position holds V, padding -1. All that changes lives in `State`, so one sampler may serve many runs at once.
 
-Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row; V local ids, 3 axes.
+Shape suffixes: R rows, N columns, K steps, M = positions of `where_RN`, row by row; V local ids, 3 axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Self
+from itertools import pairwise
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -19,9 +20,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from multidiff.samplers.choice import choose
-from multidiff.samplers.count import COUNTS
-from multidiff.samplers.order import ORDERS
+from multidiff.samplers.choice import Choice, choose
+from multidiff.samplers.count import ADAPTIVE, SCHEDULES
+from multidiff.samplers.guidance import check_guidance
+from multidiff.samplers.order import BY_MODEL, BY_PLACE
+from multidiff.samplers.remask import POSTERIOR, REMASKS, alphas, sigma
+
+STEPS = 16  # where nothing says
+_LOOP = (0.55, 0.05, 0.9)  # ReMDM's own
 
 
 @dataclass(frozen=True)
@@ -29,21 +35,29 @@ class State:
     """What a run has decided so far.
 
     Attributes:
-        steps: number of steps of the run.
+        steps: the most steps that the run takes.
         steps_R: K, the steps of each row: no more than it has positions.
         mask_token_id: V.
-        initial_R: n₀, positions unknown at the start.
         undecided_RN: bool.
         levels_RN, coords_RN3: level and coordinates of each position.
+        stop_RN: the id at each position that says that the content ends before it; -1 where none does.
+        block_RN: number of the block that each position is in; lower ones are decided first.
+        place_RN: score of each position in an order that follows from where it stands; 0 in others.
+        decide_RK: how many positions a schedule decides at each step; empty for other counts.
+        p_RN: float64, probability of each token when it was decided; NaN where undecided.
     """
 
     steps: int
     steps_R: Tensor
     mask_token_id: int
-    initial_R: Tensor
     undecided_RN: Tensor
     levels_RN: Tensor
     coords_RN3: Tensor
+    stop_RN: Tensor
+    block_RN: Tensor
+    place_RN: Tensor
+    decide_RK: Tensor
+    p_RN: Tensor
 
 
 @dataclass
@@ -60,19 +74,43 @@ class SamplerOutput(BaseOutput):
 
 
 class MaskSampler(SchedulerMixin, ConfigMixin):
-    """Decides masked positions step by step; what is decided stays.
+    """Decides masked positions step by step.
 
     With `order="random"`, `count="linear"` and a step for every position it is the exact ancestral process: each draw
     comes from the model's own conditional. `order="confidence"`, `count="cosine"` is MaskGIT.
 
     Args:
-        order: "random" or "confidence".
-        count: "linear" or "cosine".
+        order: which positions are next. By what the model thinks: "random", "confidence", "margin", "entropy". By
+            where they stand: "left_to_right" (text, sound), "row_scan", "halton" (pictures).
+        order_temperature: τ of the noise τ (1 - (k + 1)/K) · Gumbel on the order's score; 0 is none.
+        level_penalty: taken off the score for each residual level, so that coarse codes come first; 0 is none.
+        block_size: decide in blocks of so many codes, each whole before the next; "level": each residual level whole
+            before the next; None: all at once.
+        count: how many positions a step. Schedules: "linear", "cosine", "arccos", "power". Adaptive: "threshold",
+            "factor" (order "confidence") and "entropy_bound" (order "entropy"). "ancestral": each position by itself
+            with the probability of the reverse process (order "random").
+        exponent: p of count "power".
+        threshold: least probability of count "threshold", in [0, 1].
+        factor: f of count "factor".
+        entropy_bound: γ of count "entropy_bound", nats.
+        remask: "none": what is decided stays. "cap", "rescale", "conf", "loop": ReMDM's (count "ancestral").
+            "edit": a decided token is replaced where the model is sure of another.
+        eta: η of "cap", "rescale" and "loop", in [0, 1].
+        loop: [t_on, t_off, α] of "loop": α stays at that value from t_on to t_off.
+        edit_threshold: probability above which "edit" replaces, in [0, 1].
         temperature: of the token draw; 0 is greedy.
-        top_p: nucleus of the token draw, in (0, 1].
-        order_temperature: τ of the noise τ (1 - (k + 1)/K) · Gumbel on the confidence; 0 is none.
-        num_inference_steps: K, where a run does not say.
-        guidance_scale: of classifier-free guidance, where a run does not say; 1 is none.
+        top_k, top_p, typical_p: truncations of the token draw, in this order; see `choice.choose`.
+        draw: "inverse" inverts the cumulative distribution at one number a position; "gumbel" adds one Gumbel variable
+            a token. The same distribution; the first is faster, the second is LLaDA's.
+        forbidden: local ids that are never drawn.
+        forced: local id by place among the codes to fill in, from 0.
+        min_length, max_length: of content whose length varies, in its unit (tokens, frames).
+        repetition_penalty: multiplies the log-probability of ids that the row holds already; 1 is none.
+        num_inference_steps: K, where a run does not say; None is 16, or as many as an adaptive count takes.
+        guidance_scale: of classifier-free guidance, where a run does not say; 1 is none. One for all given segments,
+            or {tokenizer: scale}, each with that tokenizer's given segments masked.
+        guidance_schedule: "constant"; "linear": from 1 at the first step to the scale at the last; [first, last]: only
+            while the share of steps done is in this interval.
         canvas: size of a blank, where a run does not say; None is the tokenizer's default.
     """
 
@@ -83,26 +121,35 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
     def __init__(
         self,
         order: str = "confidence",
-        count: str = "cosine",
-        temperature: float = 1.0,
-        top_p: float = 1.0,
         order_temperature: float = 0.0,
-        num_inference_steps: int = 16,
-        guidance_scale: float = 1.0,
+        level_penalty: float = 0.0,
+        block_size: int | Literal["level"] | None = None,
+        count: str = "cosine",
+        exponent: float | None = None,
+        threshold: float | None = None,
+        factor: float | None = None,
+        entropy_bound: float | None = None,
+        remask: str = "none",
+        eta: float | None = None,
+        loop: Sequence[float] | None = None,
+        edit_threshold: float | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        typical_p: float = 1.0,
+        draw: str = "inverse",
+        forbidden: Sequence[int] | None = None,
+        forced: Mapping[int, int] | None = None,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        repetition_penalty: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_schedule: str | Sequence[float] = "constant",
         canvas: dict[str, int] | None = None,
     ):
-        if order not in ORDERS or count not in COUNTS:
-            raise ValueError(
-                f"sampler: order {order!r} must be one of {', '.join(ORDERS)}; count {count!r} of {', '.join(COUNTS)}"
-            )
-        if temperature < 0 or not 0 < top_p <= 1 or order_temperature < 0 or num_inference_steps < 1:
-            raise ValueError(
-                f"sampler: temperature {temperature} and order_temperature {order_temperature} must be at least 0, "
-                f"top_p {top_p} in (0, 1], num_inference_steps {num_inference_steps} at least 1"
-            )
-        if order == "random" and order_temperature:
-            raise ValueError("sampler: order_temperature adds noise to order='confidence'; order='random' has none")
-        self.set_timesteps(num_inference_steps)
+        _check(dict(self.config))
+        self.set_timesteps(num_inference_steps or STEPS)
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], where: str) -> Self:
@@ -131,23 +178,84 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         """diffusers' convention: `timesteps` counts down to 0."""
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
 
-    def start(self, sample_RN: Tensor, levels_RN: Tensor, coords_RN3: Tensor, num_inference_steps: int) -> State:
-        """The state before the first step; V is read off `sample_RN`, where every position is V or -1."""
+    def start(
+        self,
+        sample_RN: Tensor,
+        levels_RN: Tensor,
+        coords_RN3: Tensor,
+        num_inference_steps: int | None = None,
+        stop_RN: Tensor | None = None,
+    ) -> State:
+        """The state before the first step; V is read off `sample_RN`, where every position is V or -1.
+
+        Args:
+            sample_RN, levels_RN, coords_RN3: ids, levels and coordinates.
+            num_inference_steps: K; None takes the settings'.
+            stop_RN: see `State`; None where length does not vary.
+
+        Raises:
+            ValueError: settings that do not fit these positions.
+        """
+        settings = self.config
         undecided_RN = sample_RN >= 0
-        initial_R = undecided_RN.sum(1)
+        mask_token_id = int(sample_RN.max())
+        _check_ids(settings, mask_token_id, ends=stop_RN is not None)
+        numbers = undecided_RN.sum(1).tolist()
+        block_RN = _blocks(settings["block_size"], undecided_RN, levels_RN)
+        steps = num_inference_steps or settings["num_inference_steps"] or STEPS
+        plans: list[list[int]] = [[] for _ in numbers]
+        if settings["count"] in SCHEDULES:
+            blocks = [row[:number] for row, number in zip(block_RN.tolist(), numbers, strict=True)]
+            plans = [self._plan(row, min(steps, len(row))) for row in blocks]
+            steps = max(map(len, plans))
+        elif settings["count"] in ADAPTIVE:
+            steps = max(numbers)
+        decide_RK = torch.tensor([plan + [0] * (max(map(len, plans)) - len(plan)) for plan in plans])
+        place_RN = torch.zeros(sample_RN.shape, dtype=torch.float64)
+        if settings["order"] in BY_PLACE:
+            for row, number in enumerate(numbers):
+                place_RN[row, :number] = -BY_PLACE[settings["order"]](coords_RN3[row, :number].cpu()).double()
+        device = sample_RN.device
         return State(
-            steps=num_inference_steps,
-            steps_R=initial_R.clamp(1, num_inference_steps),
-            mask_token_id=int(sample_RN.max()),
-            initial_R=initial_R,
+            steps=steps,
+            steps_R=torch.tensor([len(plan) or steps for plan in plans], device=device),
+            mask_token_id=mask_token_id,
             undecided_RN=undecided_RN,
             levels_RN=levels_RN,
             coords_RN3=coords_RN3,
+            stop_RN=torch.full_like(sample_RN, -1) if stop_RN is None else stop_RN,
+            block_RN=block_RN,
+            place_RN=place_RN.to(device),
+            decide_RK=decide_RK.to(device),
+            p_RN=torch.full(sample_RN.shape, torch.nan, dtype=torch.float64, device=device),
         )
+
+    def _plan(self, block_N: list[int], steps: int) -> list[int]:
+        """How many positions of a row are decided at each step: the schedule's numbers, block after block."""
+        sizes = [block_N.count(block) for block in sorted(set(block_N))]
+        if steps < len(sizes):
+            raise ValueError(
+                f"num_inference_steps {steps} is less than the {len(sizes)} blocks of "
+                f"block_size {self.config['block_size']!r}"
+            )
+        schedule = SCHEDULES[self.config["count"]]
+        more = {"exponent": self.config["exponent"]} if self.config["count"] == "power" else {}
+        # A step for each block, the others in proportion to what is left of the blocks.
+        room = [sum(sizes[: block + 1]) - block - 1 for block in range(len(sizes))]
+        until = [0, *((steps - len(sizes)) * left // max(1, room[-1]) + block + 1 for block, left in enumerate(room))]
+        return [
+            number
+            for size, (first, last) in zip(sizes, pairwise(until), strict=True)
+            for number in schedule(size, last - first, **more)
+        ]
 
     def needs(self, state: State) -> Tensor:
         """where_RN: the positions whose logits the next step reads."""
-        return state.undecided_RN
+        where_RN = _current_block(state)
+        if self.config["remask"] == "edit":
+            decided_RN = ~state.undecided_RN & (state.block_RN >= 0)
+            where_RN = where_RN | (decided_RN & where_RN.any(1, keepdim=True))
+        return where_RN
 
     def step(
         self,
@@ -159,37 +267,156 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         state: State,
         generator: Sequence[torch.Generator],
     ) -> SamplerOutput:
-        """Decide some of the undecided positions.
+        """Decide some of the undecided positions, and mask or replace decided ones if remasking says so.
 
         Args:
             model_output: logits_MV at the positions of `where`; -inf at ids that cannot be.
-            timestep: K - 1 at the first step, 0 at the last.
+            timestep: `state.steps` - 1 at the first step, 0 at the last.
             sample_RN: local ids; V where undecided, -1 at padding.
             where: what `needs` returned.
             state: what the step before returned.
             generator: one per row. A row takes the same numbers from its own whatever rows stand beside it.
         """
-        index = state.steps - 1 - int(timestep)
-        counts_R = where.sum(1).tolist()
-        draws_M2 = _uniform(counts_R, generator, sample_RN.device)
-        choice = choose(model_output, draws_M2[:, 0], self.config["temperature"], self.config["top_p"])
-        left_R = (1 - (index + 1) / state.steps_R.double()).clamp_min(0)
-        noise_M = (self.config["order_temperature"] * left_R)[:, None].expand(where.shape)[where]
-        score_RN = torch.full(where.shape, -torch.inf, dtype=torch.float64, device=sample_RN.device)
-        score_RN[where] = ORDERS[self.config["order"]](choice, draws_M2[:, 1], noise_M)
-        undecided_R = state.undecided_RN.sum(1)
-        decide_R = undecided_R - COUNTS[self.config["count"]](index, state.steps_R, state.initial_R, undecided_R)
-        token_RN = sample_RN.clone()
-        token_RN[where] = choice.token_M
-        decide_RN = _highest(score_RN, decide_R) & state.undecided_RN
-        sample_RN = torch.where(decide_RN, token_RN, sample_RN)
-        return SamplerOutput(sample_RN, replace(state, undecided_RN=state.undecided_RN & ~decide_RN))
+        settings, index = self.config, state.steps - 1 - int(timestep)
+        candidate_RN = _current_block(state)
+        per_token = settings["draw"] == "gumbel"
+        numbers = 1 + model_output.shape[-1] if per_token else 2
+        uniform_M2 = _uniform(where.sum(1).tolist(), numbers, generator, sample_RN.device)
+        if settings["draw"] == "inverse":
+            draw, order_M = uniform_M2[:, 0], uniform_M2[:, 1]
+        else:
+            draw, order_M = uniform_M2[:, 1:], uniform_M2[:, 0]
+        truncation = {key: settings[key] for key in ("temperature", "top_k", "top_p", "typical_p")}
+        choice = choose(self._restricted(model_output, sample_RN, where, state), draw, **truncation)
+
+        if settings["count"] == "ancestral":
+            decide_RN, remask_RN = self._posterior(index, candidate_RN, where, order_M, state, generator)
+        else:
+            score_RN = self._score(index, choice, order_M, where, state).masked_fill(~candidate_RN, -torch.inf)
+            decide_RN = _highest(score_RN, self._number(index, choice, score_RN, where, state)) & candidate_RN
+            remask_RN = torch.zeros_like(decide_RN)
+
+        token_RN, p_RN = sample_RN.clone(), state.p_RN.clone()
+        token_RN[where], p_RN[where] = choice.token_M, choice.log_p_M.exp()
+        if settings["remask"] == "edit":
+            token_RN[where] = torch.where(state.undecided_RN[where], choice.token_M, choice.best_M)
+            p_RN[where] = torch.where(state.undecided_RN[where], choice.log_p_M.exp(), choice.best_p_M)
+            surer_RN = torch.zeros_like(where).masked_scatter(where, choice.best_p_M >= settings["edit_threshold"])
+            decide_RN = decide_RN | (surer_RN & ~state.undecided_RN & (token_RN != sample_RN))
+        sample_RN = torch.where(decide_RN, token_RN, sample_RN).masked_fill(remask_RN, state.mask_token_id)
+        p_RN = torch.where(decide_RN, p_RN, state.p_RN).masked_fill(remask_RN, torch.nan)
+        undecided_RN = state.undecided_RN & ~decide_RN | remask_RN
+        return SamplerOutput(sample_RN, replace(state, undecided_RN=undecided_RN, p_RN=p_RN))
+
+    def _restricted(self, logits_MV: Tensor, sample_RN: Tensor, where: Tensor, state: State) -> Tensor:
+        """Logits with -inf at ids that the settings rule out."""
+        settings = self.config
+        if settings["repetition_penalty"] != 1:
+            held_RV = torch.zeros(len(sample_RN), state.mask_token_id + 1, dtype=torch.bool, device=sample_RN.device)
+            held_RV.scatter_(1, sample_RN.where(sample_RN >= 0, state.mask_token_id), True)
+            held_MV = held_RV[where.nonzero()[:, 0], :-1]
+            log_p_MV = torch.log_softmax(logits_MV, -1)
+            logits_MV = torch.where(held_MV, log_p_MV * settings["repetition_penalty"], log_p_MV)
+        if settings["forbidden"]:
+            logits_MV = logits_MV.index_fill(
+                1, torch.tensor(settings["forbidden"], device=logits_MV.device), -torch.inf
+            )
+        if settings["min_length"] is not None or settings["max_length"] is not None:
+            length_M1 = state.coords_RN3[where][:, :1]
+            stop_MV = torch.arange(logits_MV.shape[1], device=logits_MV.device) == state.stop_RN[where][:, None]
+            too_soon_MV = stop_MV & (length_M1 < (settings["min_length"] or 0))
+            must_M1 = torch.zeros_like(length_M1, dtype=torch.bool)
+            if settings["max_length"] is not None:
+                must_M1 = length_M1 >= settings["max_length"]
+            logits_MV = logits_MV.masked_fill(too_soon_MV | (must_M1 & ~stop_MV), -torch.inf)
+        for place, token in (settings["forced"] or {}).items():
+            column_M = where.nonzero()[:, 1]
+            only_V = torch.full_like(logits_MV[:1], -torch.inf)
+            only_V[:, token] = 0.0
+            logits_MV = torch.where((column_M == int(place))[:, None], only_V, logits_MV)
+        return logits_MV
+
+    def _score(self, index: int, choice: Choice, uniform_M: Tensor, where: Tensor, state: State) -> Tensor:
+        settings = self.config
+        if settings["order"] in BY_PLACE:
+            score_M = state.place_RN[where]
+        else:
+            score_M = BY_MODEL[settings["order"]](choice, uniform_M)
+        if settings["order_temperature"]:
+            left_R = (1 - (index + 1) / state.steps_R.double()).clamp_min(0)
+            gumbel_M = -(-uniform_M.clamp_min(1e-300).log()).log()
+            score_M = score_M + settings["order_temperature"] * left_R[:, None].expand(where.shape)[where] * gumbel_M
+        if settings["level_penalty"]:
+            score_M = score_M - settings["level_penalty"] * state.levels_RN[where]
+        return torch.full(where.shape, -torch.inf, dtype=torch.float64, device=where.device).masked_scatter(
+            where, score_M
+        )
+
+    def _number(self, index: int, choice: Choice, score_RN: Tensor, where: Tensor, state: State) -> Tensor:
+        """How many of each row's candidates are decided, from the highest score."""
+        count = self.config["count"]
+        if count in SCHEDULES:
+            return state.decide_RK[:, index]
+        none = torch.inf if count == "entropy_bound" else -1.0
+        value_M = choice.entropy_M if count == "entropy_bound" else choice.log_p_M.exp()
+        value_RN = torch.full_like(score_RN, none).masked_scatter(where, value_M)
+        value_RN = value_RN.masked_fill(score_RN.isneginf(), none)
+        sorted_RN = value_RN.gather(1, score_RN.argsort(dim=1, descending=True, stable=True))
+        return ADAPTIVE[count](sorted_RN, self.config[count])
+
+    def _posterior(
+        self,
+        index: int,
+        candidate_RN: Tensor,
+        where: Tensor,
+        uniform_M: Tensor,
+        state: State,
+        generator: Sequence[torch.Generator],
+    ) -> tuple[Tensor, Tensor]:
+        """Which positions are decided, and which are masked again: each by itself."""
+        settings = self.config
+        remask, eta = settings["remask"], settings["eta"]
+        t_on, t_off, plateau = settings["loop"] or _LOOP
+        step_R = torch.full_like(state.steps_R, index)
+        alpha_R2 = alphas(step_R, state.steps_R, remask, t_on, t_off, plateau)
+        sigma_RN = torch.zeros_like(state.p_RN)
+        if remask in POSTERIOR:
+            sigma_RN = sigma(alpha_R2, step_R, state.steps_R, state.p_RN, remask, eta, t_on, t_off)
+        kept_RN = 1 if remask == "conf" else 1 - sigma_RN  # "conf" has σ = 0 where masked
+        decide_RN = (alpha_R2[:, 1:] - kept_RN * alpha_R2[:, :1]) / (1 - alpha_R2[:, :1])
+        uniform_RN = torch.ones_like(state.p_RN).masked_scatter(where, uniform_M)
+        remask_RN = torch.zeros_like(where)
+        if remask in POSTERIOR:
+            decided_RN = ~state.undecided_RN & (state.block_RN >= 0)
+            again_D = _uniform(decided_RN.sum(1).tolist(), 1, generator, where.device)[:, 0]
+            remask_RN = decided_RN & (torch.ones_like(state.p_RN).masked_scatter(decided_RN, again_D) < sigma_RN)
+        return candidate_RN & (uniform_RN < decide_RN), remask_RN
 
 
-def _uniform(counts_R: Sequence[int], generator: Sequence[torch.Generator], device: torch.device) -> Tensor:
-    """float64 [M, 2]: each row's numbers from that row's generator, on the generator's device."""
+def _blocks(size: int | str | None, undecided_RN: Tensor, levels_RN: Tensor) -> Tensor:
+    """block_RN, -1 at padding; a row's blocks are numbered from 0 without gaps."""
+    if size is None:
+        block_RN = torch.zeros_like(levels_RN)
+    elif size == "level":
+        block_RN = levels_RN
+    else:
+        block_RN = torch.arange(levels_RN.shape[1], device=levels_RN.device).expand_as(levels_RN) // int(size)
+    return block_RN.masked_fill(~undecided_RN, -1)
+
+
+def _current_block(state: State) -> Tensor:
+    """Undecided positions of each row's first block that has any."""
+    far = torch.iinfo(state.block_RN.dtype).max
+    first_R1 = state.block_RN.masked_fill(~state.undecided_RN, far).amin(1, keepdim=True)
+    return state.undecided_RN & (state.block_RN == first_R1)
+
+
+def _uniform(
+    counts_R: Sequence[int], numbers: int, generator: Sequence[torch.Generator], device: torch.device
+) -> Tensor:
+    """float64 [M, numbers]: each row's numbers from that row's generator, on the generator's device."""
     rows = [
-        torch.rand(count, 2, generator=g, dtype=torch.float64, device=g.device)
+        torch.rand(count, numbers, generator=g, dtype=torch.float64, device=g.device)
         for count, g in zip(counts_R, generator, strict=True)
     ]
     return torch.cat([row.to(device) for row in rows])
@@ -201,3 +428,93 @@ def _highest(score_RN: Tensor, count_R: Tensor) -> Tensor:
     rank_RN = torch.empty_like(order_RN)
     columns_RN = torch.arange(order_RN.shape[1], device=order_RN.device).expand_as(order_RN)
     return rank_RN.scatter(1, order_RN, columns_RN) < count_R[:, None]
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raises a ValueError that names what is out of range, or the two settings that do not go together."""
+    order, count, remask = settings["order"], settings["count"], settings["remask"]
+    counts = (*SCHEDULES, *ADAPTIVE, "ancestral")
+    orders = (*BY_MODEL, *BY_PLACE)
+    for name, known in (("order", orders), ("count", counts), ("remask", REMASKS), ("draw", ("inverse", "gumbel"))):
+        if settings[name] not in known:
+            raise ValueError(f"{name} {settings[name]!r} must be one of {', '.join(known)}")
+    _check_ranges(settings)
+    # A setting that belongs to one value of another.
+    owners = {
+        "exponent": ("count", ("power",)),
+        **{name: ("count", (name,)) for name in ADAPTIVE},
+        "eta": ("remask", ("cap", "rescale", "loop")),
+        "loop": ("remask", ("loop",)),
+        "edit_threshold": ("remask", ("edit",)),
+    }
+    for name, (owner, values) in owners.items():
+        if settings[name] is not None and settings[owner] not in values:
+            raise ValueError(
+                f"{name} {settings[name]} goes with {owner} {' or '.join(values)}, not {settings[owner]!r}"
+            )
+        if settings[name] is None and settings[owner] in values and name != "loop":
+            raise ValueError(f"{owner} {settings[owner]!r} needs {name}")
+    clashes = {
+        ("order", "order_temperature"): order == "random" and settings["order_temperature"] > 0,
+        ("count", "order"): (count in ("threshold", "factor") and order != "confidence")
+        or (count == "entropy_bound" and order != "entropy")
+        or (count == "ancestral" and order != "random"),
+        ("count", "order_temperature"): count in ADAPTIVE and settings["order_temperature"] > 0,
+        ("count", "level_penalty"): count in (*ADAPTIVE, "ancestral") and settings["level_penalty"] > 0,
+        ("count", "num_inference_steps"): count in ADAPTIVE and settings["num_inference_steps"] is not None,
+        ("count", "block_size"): count == "ancestral" and settings["block_size"] is not None,
+        ("remask", "count"): remask in POSTERIOR and count != "ancestral",
+        **{
+            ("temperature", name): settings["temperature"] == 0 and settings[name] != neutral
+            for name, neutral in (("top_k", None), ("top_p", 1.0), ("typical_p", 1.0), ("draw", "inverse"))
+        },
+    }
+    for (first, second), clash in clashes.items():
+        if clash:
+            raise ValueError(f"{first} {settings[first]!r} does not go with {second} {settings[second]!r}")
+    check_guidance(settings["guidance_scale"], settings["guidance_schedule"])
+
+
+def _check_ranges(settings: dict[str, Any]) -> None:
+    at_least = {
+        **dict.fromkeys(("temperature", "order_temperature", "level_penalty", "factor", "entropy_bound"), 0),
+        **dict.fromkeys(("min_length", "max_length"), 0),
+        **dict.fromkeys(("num_inference_steps", "top_k"), 1),
+    }
+    for name, least in at_least.items():
+        if settings[name] is not None and settings[name] < least:
+            raise ValueError(f"{name} {settings[name]} must be at least {least}")
+    for name in ("top_p", "typical_p", "exponent", "repetition_penalty"):
+        if settings[name] is not None and settings[name] <= 0:
+            raise ValueError(f"{name} {settings[name]} must be more than 0")
+    for name in ("top_p", "typical_p", "threshold", "eta", "edit_threshold"):
+        if settings[name] is not None and not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} {settings[name]} must be at most 1")
+    size = settings["block_size"]
+    if not (size is None or size == "level" or (isinstance(size, int) and size >= 1)):
+        raise ValueError(f"block_size {size!r} must be a number of codes or 'level'")
+    if settings["loop"] is not None:
+        t_on, t_off, plateau = settings["loop"]
+        if not (0 < t_off < t_on < 1 and 0 < plateau < 1):
+            raise ValueError(
+                f"loop {list(settings['loop'])} must be [t_on, t_off, α] with 0 < t_off < t_on < 1, 0 < α < 1"
+            )
+    least, most = settings["min_length"], settings["max_length"]
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"min_length {least} is more than max_length {most}")
+
+
+def _check_ids(settings: Mapping[str, Any], size: int, *, ends: bool) -> None:
+    forbidden, forced = set(settings["forbidden"] or ()), settings["forced"] or {}
+    for name, ids in (("forbidden", forbidden), ("forced", forced.values())):
+        for token in ids:
+            if not 0 <= token < size:
+                raise ValueError(f"{name}: no code is called {token}; there are 0 to {size - 1}")
+    if len(forbidden) == size:
+        raise ValueError(f"forbidden leaves none of the {size} codes to draw, which temperature and top_p choose from")
+    for place, token in forced.items():
+        if token in forbidden:
+            raise ValueError(f"forced wants code {token} at place {place}, which forbidden rules out")
+    for name in ("min_length", "max_length"):
+        if settings[name] is not None and not ends:
+            raise ValueError(f"{name} {settings[name]} needs codes whose length varies; here canvas says it")

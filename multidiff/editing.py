@@ -1,0 +1,164 @@
+"""Editing: parts of an item masked and made anew, the rest kept bit for bit.
+
+    cut = inpaint(pipe, "image", picture, mask)
+    out = pipe([[Given("text", "seven"), cut]])
+
+A `Partial` is a segment that stands in a document like any other. Codes are what is kept, bit for bit: a picture comes
+back as its tokenizer decodes them. All modalities at once is no edit, but a document of blanks.
+
+Shape suffixes: N codes of a segment or document, M of a part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from multidiff.pipeline import Filled, Given, MultiDiffPipeline, Partial
+from multidiff.tokenizer import Codes
+
+
+def infill(pipe: MultiDiffPipeline, tokenizer: str, before: Any, after: Any, room: int) -> Partial:
+    """`room` units (tokens of a text, frames of a sound) between two items that are kept.
+
+    Raises:
+        ValueError: a tokenizer whose items have a fixed length, or no room.
+    """
+    _must_vary(pipe, tokenizer, "infill")
+    if room < 1:
+        raise ValueError(f"infill needs room for at least 1 unit of {tokenizer}, got {room}")
+    first, last = pipe.tokenizers[tokenizer].encode([before, after])
+    (unit, start), (_, end) = *first.size.items(), *last.size.items()
+    canvas = pipe.tokenizers[tokenizer].canvas(**{unit: start + room + end})
+    gap = len(canvas) - len(first) - len(last)
+    ids_N = torch.cat([first.ids_N, canvas.ids_N[:gap], last.ids_N])
+    known_N = torch.ones(len(canvas), dtype=torch.bool)
+    known_N[len(first) : len(first) + gap] = False
+    return Partial(tokenizer, replace(canvas, ids_N=ids_N), known_N)
+
+
+def extend(pipe: MultiDiffPipeline, tokenizer: str, item: Any, room: int) -> Partial:
+    """An item and at most `room` units more; the model decides where it ends.
+
+    Raises:
+        ValueError: a tokenizer whose items have a fixed length, or no room.
+    """
+    _must_vary(pipe, tokenizer, "extend")
+    if room < 1:
+        raise ValueError(f"extend needs room for at least 1 unit of {tokenizer}, got {room}")
+    (codes,) = pipe.tokenizers[tokenizer].encode([item])
+    return Partial(tokenizer, codes, torch.ones(len(codes), dtype=torch.bool), room)
+
+
+def gap(pipe: MultiDiffPipeline, tokenizer: str, item: Any, start: float, stop: float) -> Partial:
+    """An item of varying length whose codes from `start` to `stop` are made anew, both shares of its length.
+
+    Raises:
+        ValueError: a tokenizer whose items have a fixed length, or no code between the two.
+    """
+    _must_vary(pipe, tokenizer, "gap")
+    (codes,) = pipe.tokenizers[tokenizer].encode([item])
+    ((unit, length),) = codes.size.items()
+    unit_N = torch.arange(len(codes)) // max(1, len(codes) // max(1, length))
+    unknown_N = (unit_N + 1 > start * length) & (unit_N < stop * length)
+    if not 0 <= start < stop <= 1 or not bool(unknown_N.any()):
+        raise ValueError(f"gap needs 0 <= start < stop <= 1 with one of {length} {unit} between, got {start}, {stop}")
+    return Partial(tokenizer, codes, ~unknown_N)
+
+
+def inpaint(pipe: MultiDiffPipeline, tokenizer: str, picture: Any, mask: Image.Image) -> Partial:
+    """A picture whose codes under the bright pixels of `mask` are made anew: any code whose cell holds one.
+
+    Raises:
+        ValueError: a tokenizer whose codes are no grid of pixels, a mask of another size than the picture, nothing
+            masked.
+    """
+    (codes,) = pipe.tokenizers[tokenizer].encode([picture])
+    height, width = _pixels(tokenizer, codes)
+    if mask.size != (width, height):
+        raise ValueError(f"inpaint: the mask is {mask.width}x{mask.height} pixels, the picture {width}x{height}")
+    rows, columns = _cells(codes)
+    bright = torch.frombuffer(bytearray(mask.convert("L").tobytes()), dtype=torch.uint8).view(1, height, width) > 127
+    unknown = F.adaptive_max_pool2d(bright.float(), (rows, columns))[0] > 0
+    unknown_N = unknown[codes.coords_N3[:, 1], codes.coords_N3[:, 2]]
+    if not bool(unknown_N.any()):
+        raise ValueError("inpaint: the mask has no bright pixel; white is what to make anew")
+    return Partial(tokenizer, codes, ~unknown_N)
+
+
+def outpaint(
+    pipe: MultiDiffPipeline, tokenizer: str, picture: Any, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
+) -> Partial:
+    """A larger picture around `picture`, by so many pixels on each side.
+
+    Raises:
+        ValueError: a tokenizer whose codes are no grid of pixels, nothing to add, or borders that are not whole cells.
+    """
+    (codes,) = pipe.tokenizers[tokenizer].encode([picture])
+    height, width = _pixels(tokenizer, codes)
+    rows, columns = _cells(codes)
+    down, across = height // rows, width // columns
+    sides = {"left": left, "top": top, "right": right, "bottom": bottom}
+    for side, pixels in sides.items():
+        cell = across if side in ("left", "right") else down
+        if pixels < 0 or pixels % cell:
+            raise ValueError(
+                f"outpaint: {side} {pixels} must be a multiple of {cell} pixels, the size of a code's cell"
+            )
+    if not any(sides.values()):
+        raise ValueError("outpaint: nothing to add; set left, top, right or bottom")
+    canvas = pipe.tokenizers[tokenizer].canvas(height=height + top + bottom, width=width + left + right)
+    row_N = canvas.coords_N3[:, 1] - top // down
+    column_N = canvas.coords_N3[:, 2] - left // across
+    known_N = (row_N >= 0) & (row_N < rows) & (column_N >= 0) & (column_N < columns)
+    grid = torch.zeros(rows, columns, dtype=torch.int64)
+    grid[codes.coords_N3[:, 1], codes.coords_N3[:, 2]] = codes.ids_N
+    ids_N = torch.where(known_N, grid[row_N.clamp(0, rows - 1), column_N.clamp(0, columns - 1)], canvas.ids_N)
+    return Partial(tokenizer, replace(canvas, ids_N=ids_N), known_N)
+
+
+def refine(document: Sequence[Filled], share: float = 0.2) -> list[Given | Partial]:
+    """A document whose least confident codes are to be made anew, by their probability when they were decided.
+
+    Args:
+        document: as the pipeline returned it; what was given to it stays.
+        share: of the codes that were made, in (0, 1]; at least one.
+
+    Raises:
+        ValueError: a share outside (0, 1], or a document of which nothing was made.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"refine needs a share in (0, 1], got {share}")
+    p_N = torch.cat([part.p_N for part in document]).nan_to_num(torch.inf)
+    number = int(p_N.isfinite().sum())
+    if not number:
+        raise ValueError("refine: nothing of this document was made; give it one that the pipeline returned")
+    known_N = torch.ones(len(p_N), dtype=torch.bool)
+    known_N[p_N.argsort(stable=True)[: max(1, round(share * number))]] = False
+    known = known_N.split([len(part.p_N) for part in document])
+    return [
+        Given(part.tokenizer, part.item)
+        if bool(part.p_N.isnan().all())
+        else Partial(part.tokenizer, part.codes, known_M)
+        for part, known_M in zip(document, known, strict=True)
+    ]
+
+
+def _must_vary(pipe: MultiDiffPipeline, tokenizer: str, what: str) -> None:
+    if not pipe.vocabulary.layout(tokenizer).variable_length:
+        raise ValueError(f"{what} needs items whose length varies, which those of {tokenizer!r} do not; see inpaint")
+
+
+def _pixels(tokenizer: str, codes: Codes) -> tuple[int, int]:
+    if not {"height", "width"} <= codes.size.keys():
+        raise ValueError(f"{tokenizer!r} has no height and width: only pictures are painted on")
+    return codes.size["height"], codes.size["width"]
+
+
+def _cells(codes: Codes) -> tuple[int, int]:
+    return int(codes.coords_N3[:, 1].max()) + 1, int(codes.coords_N3[:, 2].max()) + 1

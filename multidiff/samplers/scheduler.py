@@ -1,0 +1,144 @@
+"""diffusers' own schedulers for masked tokens, behind the interface of `MaskSampler`.
+
+Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row; V local ids.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from diffusers import AmusedScheduler, BlockRefinementScheduler
+from torch import Tensor
+
+from multidiff.samplers.sampler import STEPS, MaskSampler, SamplerOutput, State
+
+
+@dataclass(frozen=True)
+class SchedulerState(State):
+    """`State`, with what diffusers keeps in the scheduler itself.
+
+    Attributes:
+        scheduler: a copy for this run; its mask token is V.
+        round_R: how many steps each row has spent in its block.
+    """
+
+    scheduler: AmusedScheduler | BlockRefinementScheduler
+    round_R: tuple[int, ...]
+
+
+class SchedulerSampler(MaskSampler):
+    """Hands rows to an `AmusedScheduler` (MaskGIT) or a `BlockRefinementScheduler` (LLaDA 2), one at a time.
+
+    Of `MaskSampler`'s settings only those that the pipeline reads have a meaning: steps, guidance and canvas.
+    """
+
+    def __init__(self, scheduler: AmusedScheduler | BlockRefinementScheduler):
+        super().__init__()
+        self.scheduler = scheduler
+
+    @property
+    def settings(self) -> dict[str, object]:
+        name = type(self.scheduler).__name__
+        raise ValueError(f"samplers.json holds MaskSampler's settings, not a {name}'s: save that with its own method")
+
+    def start(
+        self,
+        sample_RN: Tensor,
+        levels_RN: Tensor,
+        coords_RN3: Tensor,
+        num_inference_steps: int | None = None,
+        stop_RN: Tensor | None = None,
+    ) -> SchedulerState:
+        state = super().start(sample_RN, levels_RN, coords_RN3, num_inference_steps, stop_RN)
+        width = sample_RN.shape[1]
+        if isinstance(self.scheduler, BlockRefinementScheduler):
+            scheduler = copy.deepcopy(self.scheduler)
+            each = num_inference_steps or scheduler.config["num_inference_steps"]
+            size = min(scheduler.config["block_length"], width)
+            scheduler.set_timesteps(each, block_length=size)
+            block_RN = torch.arange(width, device=sample_RN.device).expand_as(sample_RN) // size
+            block_RN = block_RN.masked_fill(sample_RN < 0, -1)
+            steps = each * (int(block_RN.max()) + 1)
+        else:
+            scheduler = AmusedScheduler(state.mask_token_id, self.scheduler.config["masking_schedule"])
+            steps, block_RN = num_inference_steps or STEPS, state.block_RN
+            scheduler.set_timesteps(steps)
+        changed = replace(state, steps=steps, block_RN=block_RN)
+        return SchedulerState(**vars(changed), scheduler=scheduler, round_R=(0,) * len(sample_RN))
+
+    def needs(self, state: State) -> Tensor:
+        assert isinstance(state, SchedulerState)
+        where_RN = super().needs(state)
+        if (state.scheduler.config.get("editing_threshold") or 0) > 0:
+            current_R1 = state.block_RN.where(where_RN, -2).amax(1, keepdim=True)
+            where_RN = where_RN | (state.block_RN == current_R1)
+        return where_RN
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample_RN: Tensor,
+        *,
+        where: Tensor,
+        state: State,
+        generator: Sequence[torch.Generator],
+    ) -> SamplerOutput:
+        assert isinstance(state, SchedulerState)
+        sample_RN, p_RN = sample_RN.clone(), state.p_RN.clone()
+        p_MV = torch.softmax(model_output.double(), -1)
+        rounds, first = list(state.round_R), 0
+        for row, count in enumerate(where.sum(1).tolist()):
+            if not count:
+                continue
+            logits_MV, chosen_MV = model_output[first : first + count], p_MV[first : first + count]
+            first += count
+            block = state.block_RN[row][state.undecided_RN[row]].min()
+            column_N = torch.nonzero(state.block_RN[row] == block).flatten()
+            asked_N = where[row, column_N]
+            # Decided positions have no logits: schedulers draw there too, and discard it.
+            logits_NV = logits_MV.new_zeros(len(column_N), logits_MV.shape[1])
+            logits_NV[asked_N] = logits_MV
+            before_N = sample_RN[row, column_N]
+            before_1N = cast("torch.LongTensor", before_N[None])
+            if isinstance(state.scheduler, BlockRefinementScheduler):
+                after_1N = state.scheduler.step(
+                    logits_NV[None],
+                    rounds[row],
+                    before_1N,
+                    mask_token_id=state.mask_token_id,
+                    generator=generator[row],
+                    return_dict=False,
+                )[0]
+                undecided = bool((after_1N == state.mask_token_id).any())
+                rounds[row] = rounds[row] + 1 if undecided else 0
+            else:
+                after_1N = state.scheduler.step(
+                    logits_NV[None], timestep, before_1N, generator=generator[row], return_dict=False
+                )[0]
+            sample_RN[row, column_N] = after_1N[0]
+            changed_N = (after_1N[0] != before_N) & asked_N
+            p_NV = chosen_MV.new_zeros(logits_NV.shape).index_put((asked_N.nonzero()[:, 0],), chosen_MV)
+            p_RN[row, column_N[changed_N]] = p_NV[changed_N].gather(1, after_1N[0][changed_N][:, None])[:, 0]
+        undecided_RN = sample_RN == state.mask_token_id
+        return SamplerOutput(sample_RN, replace(state, undecided_RN=undecided_RN, p_RN=p_RN, round_R=tuple(rounds)))
+
+
+def as_sampler(sampler: MaskSampler | AmusedScheduler | BlockRefinementScheduler) -> MaskSampler:
+    """Whatever may be handed to the pipeline, as a `MaskSampler`.
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(sampler, MaskSampler):
+        return sampler
+    if isinstance(sampler, AmusedScheduler | BlockRefinementScheduler):
+        return SchedulerSampler(sampler)
+    raise ValueError(
+        f"{type(sampler).__name__} decides no masked tokens: give a MaskSampler, an AmusedScheduler or a "
+        "BlockRefinementScheduler"
+    )
