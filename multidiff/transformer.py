@@ -11,7 +11,7 @@ Like Llama: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 - the head evaluates only the positions and the span of the vocabulary that it is asked for.
 
 Shape suffixes: B rows, L row length, D hidden size, H query heads, K key/value heads, E head dimension, F frequencies
-(E / 2), N positions asked for, V codes of a span, 3 axes.
+(E / 2), N positions asked for, V codes of a span, A columns computed anew, S selected rows, 3 axes.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         document_BL: Tensor,
         queries: Sequence[tuple[Tensor, Span]],
         coords_BL3: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        active_BA: Tensor | None = None,
     ) -> list[Tensor]:
         """Logits where they are asked for.
 
@@ -126,19 +128,28 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
                 Spans are disjoint. One may ask for no position; it then returns an empty tensor that still is part
                 of the graph, so that every rank of a distributed run uses the same parameters.
             coords_BL3: coordinates within the segment, negative at tokens outside of any; None where all are.
+            cache: takes the keys and values of this pass; with `active_BA`, lends those of an earlier one.
+            active_BA: the columns of each row that are computed anew; all others keep their cached keys and values.
+                `queries` then count positions in B·A.
 
         Returns:
             One [N, stop - start] tensor for each query.
         """
         # Computed, not stored: a stored table would be cast along with the weights.
         frequencies_F = rotary_frequencies(self.head_size, self.config["rope_theta"])
-        cos_BL1E, sin_BL1E = rotary(positions_BL3, frequencies_F, self.dtype)
         mask_B1LL = (document_BL[:, None, :, None] == document_BL[:, None, None, :]) if _closed(document_BL) else None
+        if active_BA is not None:
+            ids_BL, positions_BL3 = ids_BL.gather(1, active_BA), _columns(positions_BL3, active_BA)
+            coords_BL3 = None if coords_BL3 is None else _columns(coords_BL3, active_BA)
+            if mask_B1LL is not None:
+                mask_B1LL = _columns(mask_B1LL[:, 0], active_BA)[:, None]
+        cos_BL1E, sin_BL1E = rotary(positions_BL3, frequencies_F, self.dtype)
         hidden_BLD = self.embed(ids_BL)
         if self.config["coordinate_features"] and coords_BL3 is not None:
             hidden_BLD = hidden_BLD + INITIAL_STD * fourier_features(coords_BL3, hidden_BLD)
-        for block in self.blocks:
-            arguments = (hidden_BLD, cos_BL1E, sin_BL1E, mask_B1LL)
+        for number, block in enumerate(self.blocks):
+            layer = None if cache is None else (cache, number, active_BA)
+            arguments = (hidden_BLD, cos_BL1E, sin_BL1E, mask_B1LL, layer)
             if self.gradient_checkpointing and self.training:
                 hidden_BLD = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -172,8 +183,15 @@ class Block(nn.Module):
         self.mlp = mlp
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_BLD: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor, mask_B1LL: Tensor | None) -> Tensor:
-        attended_BLD = self.attention(self.attention_norm(hidden_BLD), cos_BL1E, sin_BL1E, mask_B1LL)
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        cos_BL1E: Tensor,
+        sin_BL1E: Tensor,
+        mask_B1LL: Tensor | None,
+        layer: Layer | None = None,
+    ) -> Tensor:
+        attended_BLD = self.attention(self.attention_norm(hidden_BLD), cos_BL1E, sin_BL1E, mask_B1LL, layer)
         hidden_BLD = hidden_BLD + self.dropout(attended_BLD)
         return hidden_BLD + self.dropout(self.mlp(self.mlp_norm(hidden_BLD)))
 
@@ -200,7 +218,14 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(head_size, epsilon) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_size, epsilon) if qk_norm else nn.Identity()
 
-    def forward(self, hidden_BLD: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor, mask_B1LL: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        cos_BL1E: Tensor,
+        sin_BL1E: Tensor,
+        mask_B1LL: Tensor | None,
+        layer: Layer | None = None,
+    ) -> Tensor:
         heads = (-1, self.head_size)
         # In the precision of the weights, also under autocast: norms and rotations need it, and on a CPU attention in
         # bf16 takes three times as long as in fp32.
@@ -210,6 +235,9 @@ class Attention(nn.Module):
         value_BLKE = self.value(hidden_BLD).unflatten(-1, heads).to(exact)
         query_BLHE = turn(query_BLHE, cos_BL1E, sin_BL1E)
         key_BLKE = turn(key_BLKE, cos_BL1E, sin_BL1E)
+        if layer is not None:
+            cache, number, active_BA = layer
+            key_BLKE, value_BLKE = cache.all_of(number, key_BLKE, value_BLKE, active_BA)
         with torch.autocast("cpu", enabled=False):
             attended_BHLE = F.scaled_dot_product_attention(
                 query_BLHE.transpose(1, 2),
@@ -232,6 +260,48 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(hidden_BLD)) * self.up(hidden_BLD))
+
+
+class KeyValueCache:
+    """Keys and values of an earlier pass, in which tokens stood that may since have changed: attending to them is an
+    approximation wherever attention goes both ways (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, section 3.2)."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def all_of(
+        self, number: int, key_BAKE: Tensor, value_BAKE: Tensor, active_BA: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a whole row, [B, L, K, E]: the cached ones with these in their places.
+
+        Without `active_BA` these are whole, and kept.
+        """
+        if active_BA is None:
+            self._layers[number:] = [(key_BAKE, value_BAKE)]
+            return key_BAKE, value_BAKE
+        key_BLKE, value_BLKE = self._layers[number]
+        index_BAKE = active_BA[:, :, None, None].expand_as(key_BAKE)
+        return key_BLKE.scatter(1, index_BAKE, key_BAKE), value_BLKE.scatter(1, index_BAKE, value_BAKE)
+
+    def select(self, row_S: Tensor) -> KeyValueCache:
+        """A cache of these rows."""
+        selected = KeyValueCache()
+        selected._layers = [(key_BLKE[row_S], value_BLKE[row_S]) for key_BLKE, value_BLKE in self._layers]
+        return selected
+
+    def update(self, row_S: Tensor, other: KeyValueCache, rows: int) -> None:
+        """Take the rows of `other` as rows `row_S` of `rows`."""
+        if not self._layers:
+            self._layers = [
+                (key.new_zeros(rows, *key.shape[1:]), value.new_zeros(rows, *value.shape[1:]))
+                for key, value in other._layers
+            ]
+        for ours, theirs in zip(self._layers, other._layers, strict=True):
+            for old_BLKE, new_SLKE in zip(ours, theirs, strict=True):
+                old_BLKE[row_S] = new_SLKE
+
+
+Layer = tuple[KeyValueCache, int, Tensor | None]  # cache, number of the block, active_BA
 
 
 def rotary_frequencies(head_size: int, theta: float) -> Tensor:
@@ -276,6 +346,10 @@ def _fixed_fraction_of_root(n: int) -> int:
     """frac(√n) in units of 2^-64, as a signed 64-bit integer: one of 2^63 and more stands for itself less one turn."""
     fraction = math.isqrt(n << 128) % (1 << 64)
     return fraction - (fraction >> 63 << 64)
+
+
+def _columns(x_BLX: Tensor, active_BA: Tensor) -> Tensor:
+    return x_BLX.gather(1, active_BA[:, :, None].expand(-1, -1, x_BLX.shape[2]))
 
 
 def turn(x_BLHE: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor) -> Tensor:

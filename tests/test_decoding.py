@@ -371,6 +371,11 @@ def test_editing_replaces_what_the_model_has_come_to_doubt():
         ({"remask": "cap", "eta": 0.1}, "remask 'cap' does not go with count 'cosine'"),
         ({"remask": "cap", "order": "random", "count": "ancestral"}, "remask 'cap' needs eta"),
         ({"order": "random", "count": "ancestral", "block_size": 4}, "count 'ancestral' .* block_size 4"),
+        ({"cache": "approximate_dual"}, "cache 'approximate_dual' does not go with block_size None"),
+        (
+            {"cache": "approximate_dual", "block_size": 4, "remask": "edit", "edit_threshold": 0.9},
+            "cache .* remask 'edit'",
+        ),
         ({"temperature": 0.0, "top_p": 0.9}, "temperature 0.0 does not go with top_p 0.9"),
         ({"block_size": "row"}, "block_size 'row' must be a number of codes or 'level'"),
         ({"min_length": 3, "max_length": 2}, "min_length 3 is more than max_length 2"),

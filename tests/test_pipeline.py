@@ -425,3 +425,73 @@ def test_amused_decides_as_many_codes_a_step_as_our_cosine():
     numbers = torch.bincount(torch.tensor([decision.step for decision in output.trace[0]])).tolist()
     ours = make(tokenizers, {"picture": MaskSampler()})([[Blank("picture")]], 5, generator=generator(), trace=True)
     assert numbers == torch.bincount(torch.tensor([decision.step for decision in ours.trace[0]])).tolist()
+
+
+def cached(cache, layers=2, **options):
+    tokenizers = {"picture": Grid(5, 2, 3), "note": Frames((6,))}
+    settings = {"block_size": 3, "count": "linear", "num_inference_steps": 6, "cache": cache, **options}
+    vocabulary = SharedVocabulary.of(tokenizers)
+    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=32, num_layers=layers, num_heads=2)
+    model.initialize(generator())
+    for weight in model.parameters():
+        weight.data.mul_(3)
+    pipe = MultiDiffPipeline(
+        model.eval().double(), vocabulary, tokenizers, {name: MaskSampler(**settings) for name in tokenizers}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CACHED = [
+    [Given("note", [1, 2]), Blank("note", frames=8), Blank("picture")],
+    [Given("picture", [0, 1, 2, 3, 4, 0]), Blank("note", frames=11)],
+    [Given("note", [4, 4, 4]), Blank("picture")],
+]
+
+
+@pytest.mark.parametrize("cache", ["approximate_prefix", "approximate_dual"])
+@pytest.mark.parametrize("count", [{}, {"count": "threshold", "threshold": 0.5, "num_inference_steps": None}])
+def test_caches(cache, count):
+    generators = [1, 2, 3]
+
+    def made(cache, layers, documents=CACHED, seeds=generators, **options):
+        return cached(cache, layers, guidance_scale=1.5, **count)(
+            documents, generator=[generator(seed) for seed in seeds], trace=True, **options
+        )
+
+    # In a model of one block, keys and values depend on their own token only: nothing that is cached grows stale.
+    exact, plain = made(cache, 1), made("none", 1)
+    assert items(exact.documents) == items(plain.documents)
+    assert exact.nfe == plain.nfe
+    for ours, theirs in zip(exact.trace, plain.trace, strict=True):
+        assert [decision[:4] for decision in ours] == [decision[:4] for decision in theirs]
+        assert [decision.p for decision in ours] == pytest.approx([decision.p for decision in theirs], rel=1e-9)
+    assert made(cache, 1, divergence=True).divergence == pytest.approx(0, abs=1e-12)
+    # Deeper, they do; still, a document is as if alone.
+    together = made(cache, 3, divergence=True)
+    assert 1e-6 < together.divergence < 1
+    for index, document in enumerate(CACHED):
+        alone = made(cache, 3, [document], generators[index : index + 1])
+        assert items(alone.documents) == [[part.item for part in together.documents[index]]]
+        assert alone.nfe == together.nfe[index : index + 1]
+
+
+def test_a_cached_pass_computes_a_block_only():
+    widths = {}
+    for cache in ("none", "approximate_prefix", "approximate_dual"):
+        pipe, seen = cached(cache, num_inference_steps=9), []
+        pipe.transformer.blocks[0].mlp.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].shape[1]))
+        pipe([[Given("note", [1, 2]), Blank("note", frames=9)]], generator=generator())
+        widths[cache] = seen
+    length = widths["none"][0]
+    assert widths["none"] == [length] * 9
+    assert widths["approximate_dual"] == [length, 3, 3] * 3
+    later = [width for start in (0, 3, 6) for width in (length, 10 - start, 10 - start)]  # 9 codes and the end
+    assert widths["approximate_prefix"] == later
+
+
+def test_caches_must_agree():
+    pipe = cached("approximate_dual")
+    pipe.samplers["picture"] = MaskSampler()
+    with pytest.raises(ValueError, match=r"cache must be the same .* \(picture: none, note: approximate_dual\)"):
+        pipe(CACHED[:1])

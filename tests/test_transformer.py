@@ -14,8 +14,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from multidiff.diffusion import queries
 from multidiff.sequence import Sequencer
-from multidiff.transformer import MaskedDiffusionTransformer, fourier_features, rotary, rotary_frequencies, turn
-from multidiff.vocabulary import SharedVocabulary
+from multidiff.transformer import (
+    KeyValueCache,
+    MaskedDiffusionTransformer,
+    fourier_features,
+    rotary,
+    rotary_frequencies,
+    turn,
+)
+from multidiff.vocabulary import MASK, SharedVocabulary
 
 TOKENIZERS = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3))}
 VOCABULARY = SharedVocabulary.of(TOKENIZERS)
@@ -186,3 +193,34 @@ def test_bad_shapes():
         transformer(num_heads=3)
     with pytest.raises(ValueError, match="multiple of num_key_value_heads 3"):
         transformer(num_key_value_heads=3)
+
+
+@torch.no_grad()
+def test_cached_keys_are_those_of_the_pass_that_made_them():
+    """Nothing changed since: the logits of a few columns are those of the whole pass. Something did: only its own
+    columns know."""
+    batch = SEQUENCER.batch([segments(2, 1), segments(3, 4)])
+    model = transformer()
+    shape, (start, stop) = batch.ids_BL.shape, (9, 14)
+    rows = (batch.positions_BL3, batch.document_BL)
+    everywhere = [(torch.arange(batch.ids_BL.numel()), (start, stop))]
+    cache = KeyValueCache()
+    (whole,) = model(batch.ids_BL, *rows, everywhere, batch.coords_BL3, cache)
+    active_BA = torch.tensor([[1, 4, 5], [2, 3, 3]])
+    asked = [(torch.arange(6), (start, stop))]
+    (some,) = model(batch.ids_BL, *rows, asked, batch.coords_BL3, cache, active_BA)
+    torch.testing.assert_close(
+        some.view(2, 3, -1), whole.view(*shape, -1).gather(1, active_BA[..., None].expand(2, 3, 5))
+    )
+    changed_BL = batch.ids_BL.clone()
+    changed_BL[0, 4] = MASK
+    (stale,) = model(changed_BL, *rows, asked, batch.coords_BL3, cache, torch.tensor([[1, 1, 2], [2, 3, 3]]))
+    torch.testing.assert_close(stale.view(2, 3, -1)[0, 0], whole.view(*shape, -1)[0, 1])
+    (fresh,) = model(changed_BL, *rows, asked, batch.coords_BL3, cache, active_BA)
+    assert float((fresh - some).view(2, 3, -1)[0, 0].abs().max()) > 1e-6
+    torch.testing.assert_close(fresh.view(2, 3, -1)[1], some.view(2, 3, -1)[1])
+    # Rows can be taken out and put back.
+    other = KeyValueCache()
+    other.update(torch.tensor([1, 0]), cache.select(torch.tensor([1, 0])), 2)
+    (again,) = model(changed_BL, *rows, asked, batch.coords_BL3, other, active_BA)
+    torch.testing.assert_close(again, fresh)

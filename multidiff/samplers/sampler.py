@@ -27,6 +27,7 @@ from multidiff.samplers.order import BY_MODEL, BY_PLACE
 from multidiff.samplers.remask import POSTERIOR, REMASKS, alphas, sigma
 
 STEPS = 16  # where nothing says
+CACHES = ("none", "approximate_prefix", "approximate_dual")
 _LOOP = (0.55, 0.05, 0.9)  # ReMDM's own
 
 
@@ -86,6 +87,9 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         level_penalty: taken off the score for each residual level, so that coarse codes come first; 0 is none.
         block_size: decide in blocks of so many codes, each whole before the next; "level": each residual level whole
             before the next; None: all at once.
+        cache: "none"; "approximate_dual": within a block only its own codes are computed anew, all else keeps the keys
+            and values that it had at the block's first step; "approximate_prefix": what follows the block is computed
+            anew as well (Fast-dLLM). All samplers of a run need the same.
         count: how many positions a step. Schedules: "linear", "cosine", "arccos", "power". Adaptive: "threshold",
             "factor" (order "confidence") and "entropy_bound" (order "entropy"). "ancestral": each position by itself
             with the probability of the reverse process (order "random").
@@ -124,6 +128,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         order_temperature: float = 0.0,
         level_penalty: float = 0.0,
         block_size: int | Literal["level"] | None = None,
+        cache: str = "none",
         count: str = "cosine",
         exponent: float | None = None,
         threshold: float | None = None,
@@ -251,7 +256,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
 
     def needs(self, state: State) -> Tensor:
         """where_RN: the positions whose logits the next step reads."""
-        where_RN = _current_block(state)
+        where_RN = _candidates(state)
         if self.config["remask"] == "edit":
             decided_RN = ~state.undecided_RN & (state.block_RN >= 0)
             where_RN = where_RN | (decided_RN & where_RN.any(1, keepdim=True))
@@ -278,7 +283,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             generator: one per row. A row takes the same numbers from its own whatever rows stand beside it.
         """
         settings, index = self.config, state.steps - 1 - int(timestep)
-        candidate_RN = _current_block(state)
+        candidate_RN = _candidates(state)
         per_token = settings["draw"] == "gumbel"
         numbers = 1 + model_output.shape[-1] if per_token else 2
         uniform_M2 = _uniform(where.sum(1).tolist(), numbers, generator, sample_RN.device)
@@ -404,11 +409,15 @@ def _blocks(size: int | str | None, undecided_RN: Tensor, levels_RN: Tensor) -> 
     return block_RN.masked_fill(~undecided_RN, -1)
 
 
-def _current_block(state: State) -> Tensor:
-    """Undecided positions of each row's first block that has any."""
+def current_block(state: State) -> Tensor:
+    """block_R: number of each row's first block with undecided positions; a huge one where there is none."""
     far = torch.iinfo(state.block_RN.dtype).max
-    first_R1 = state.block_RN.masked_fill(~state.undecided_RN, far).amin(1, keepdim=True)
-    return state.undecided_RN & (state.block_RN == first_R1)
+    return state.block_RN.masked_fill(~state.undecided_RN, far).amin(1)
+
+
+def _candidates(state: State) -> Tensor:
+    """Undecided positions of the current block."""
+    return state.undecided_RN & (state.block_RN == current_block(state)[:, None])
 
 
 def _uniform(
@@ -435,7 +444,8 @@ def _check(settings: dict[str, Any]) -> None:
     order, count, remask = settings["order"], settings["count"], settings["remask"]
     counts = (*SCHEDULES, *ADAPTIVE, "ancestral")
     orders = (*BY_MODEL, *BY_PLACE)
-    for name, known in (("order", orders), ("count", counts), ("remask", REMASKS), ("draw", ("inverse", "gumbel"))):
+    choices = {"order": orders, "count": counts, "remask": REMASKS, "draw": ("inverse", "gumbel"), "cache": CACHES}
+    for name, known in choices.items():
         if settings[name] not in known:
             raise ValueError(f"{name} {settings[name]!r} must be one of {', '.join(known)}")
     _check_ranges(settings)
@@ -464,6 +474,8 @@ def _check(settings: dict[str, Any]) -> None:
         ("count", "num_inference_steps"): count in ADAPTIVE and settings["num_inference_steps"] is not None,
         ("count", "block_size"): count == "ancestral" and settings["block_size"] is not None,
         ("remask", "count"): remask in POSTERIOR and count != "ancestral",
+        ("cache", "remask"): settings["cache"] != "none" and remask != "none",
+        ("cache", "block_size"): settings["cache"] != "none" and settings["block_size"] is None,
         **{
             ("temperature", name): settings["temperature"] == 0 and settings[name] != neutral
             for name, neutral in (("top_k", None), ("top_p", 1.0), ("typical_p", 1.0), ("draw", "inverse"))

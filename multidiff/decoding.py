@@ -1,0 +1,423 @@
+"""The decoding loop: masked tokens in, decided tokens out.
+
+A `Run` is one tokenizer's unknown positions in a compact table, for its sampler; the `Decoder` asks the transformer for
+what all runs need, in one forward pass, and writes back what they decide. Nothing here knows an item.
+
+Shape suffixes: B rows = documents, L row length, P = B·L, S segments or selected rows, R documents that have unknown
+codes of a tokenizer, N such codes of a document, M positions whose logits a step reads, V local ids, A columns computed
+anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multidiff.samplers import MaskSampler, State
+from multidiff.samplers.count import ADAPTIVE
+from multidiff.samplers.guidance import guide, scale_at
+from multidiff.samplers.sampler import current_block
+from multidiff.sequence import TokenBatch
+from multidiff.transformer import KeyValueCache, MaskedDiffusionTransformer
+from multidiff.vocabulary import MASK, SharedVocabulary
+
+
+class Decision(NamedTuple):
+    """One entry of a document's trace.
+
+    Attributes:
+        step: at which step, from 0.
+        segment: of the document, from 0.
+        place: of the code in the segment, from 0.
+        token: local id; -1 where a decided code was masked again.
+        p: its probability under the model (guided, before temperature and truncation); NaN where masked again.
+    """
+
+    step: int
+    segment: int
+    place: int
+    token: int
+    p: float
+
+
+@dataclass
+class Run:
+    """One tokenizer's unknown positions: a row for each document that has any.
+
+    Attributes:
+        name, sampler: of the tokenizer.
+        scales: guidance scale by tokenizer whose given segments guide; "" for all of them together.
+        documents: of each row.
+        place_RN: flat position in B·L; 0 at padding.
+        inside_RN: where a stop cannot be drawn: before the end of codes whose end is known.
+        sample_RN, state: as the sampler has them.
+        fresh_R: whether the row has changed since its last forward pass.
+        block_R: the block that the row was in at its last whole forward pass; -1 before.
+    """
+
+    name: str
+    sampler: MaskSampler
+    scales: Mapping[str, float]
+    documents: list[int]
+    place_RN: Tensor
+    inside_RN: Tensor
+    sample_RN: Tensor
+    state: State
+    fresh_R: Tensor = field(init=False)
+    block_R: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fresh_R = torch.ones(len(self.documents), dtype=torch.bool, device=self.place_RN.device)
+        self.block_R = torch.full_like(self.place_RN[:, 0], -1)
+
+    def done(self, step: int) -> bool:
+        """Whether this step would have nothing to do; only adaptive counts end before their last step."""
+        adaptive = self.sampler.config["count"] in ADAPTIVE
+        return step >= self.state.steps or (adaptive and not bool(self.state.undecided_RN.any()))
+
+    def scales_at(self, step: int) -> dict[str, float]:
+        """Those that are not 1."""
+        schedule = self.sampler.config["guidance_schedule"]
+        scales = {key: scale_at(scale, schedule, step, self.state.steps) for key, scale in self.scales.items()}
+        return {key: scale for key, scale in scales.items() if scale != 1}
+
+
+def gather(
+    batch: TokenBatch,
+    inside_S: Tensor,
+    vocabulary: SharedVocabulary,
+    samplers: Mapping[str, MaskSampler],
+    steps: int | None = None,
+    scale: float | Mapping[str, float] | None = None,
+) -> list[Run]:
+    """The runs of a batch.
+
+    Args:
+        batch: a row for each document.
+        inside_S: how many codes of each segment a stop cannot end.
+        vocabulary, samplers: of the tokenizers.
+        steps, scale: for all of them; None takes each sampler's own.
+
+    Raises:
+        ValueError: more steps than codes, steps for counts that find their own, samplers that cannot run together.
+    """
+    runs = []
+    unknown_P = ~batch.known_BL.flatten()
+    segment_P = batch.segment_BL.clamp_min(0).flatten()
+    tokenizer_P = batch.tokenizer_S[segment_P]
+    document_P, span_P = batch.document_BL.flatten(), batch.span_BL.flatten()
+    # Place within the segment: tokens of a segment follow one another.
+    flat_P = torch.arange(len(segment_P), device=segment_P.device)
+    outside_P = batch.segment_BL.flatten() < 0
+    first_S = torch.full_like(batch.document_S, len(flat_P))
+    first_S = first_S.scatter_reduce(0, segment_P, flat_P.masked_fill(outside_P, len(flat_P)), "amin")
+    inside_P = (flat_P - first_S[segment_P]) < inside_S[segment_P]
+    for place, (name, spans) in enumerate(vocabulary.spans.items()):
+        flat_U = torch.nonzero(unknown_P & (tokenizer_P == place)).flatten()
+        if not len(flat_U):
+            continue
+        sampler, varies = samplers[name], vocabulary.tokenizers[name].variable_length
+        rows, row_U, count_R = torch.unique(document_P[flat_U], return_inverse=True, return_counts=True)
+        order_U = torch.argsort(row_U, stable=True)
+        column_U = torch.arange(len(flat_U), device=flat_U.device) - (count_R.cumsum(0) - count_R)[row_U[order_U]]
+        shape = (len(rows), int(count_R.max()))
+        index = (row_U[order_U], column_U)
+        place_RN = torch.zeros(shape, dtype=torch.int64, device=flat_U.device)
+        place_RN[index] = flat_U[order_U]
+        sample_RN = torch.full_like(place_RN, -1)
+        sample_RN[index] = max(stop - start for start, stop in spans)
+        levels_RN = (span_P[place_RN] - vocabulary.first_span[name]).where(sample_RN >= 0, 0)
+        coords_RN3 = batch.coords_BL3.flatten(0, 1)[place_RN]
+        stop_RN = vocabulary.stop_codes(name, levels_RN) if varies else None
+        own = None if sampler.config["count"] in ADAPTIVE else steps
+        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, stop_RN)
+        strength = sampler.config["guidance_scale"] if scale is None else scale
+        scales = strength if isinstance(strength, Mapping) else {"": strength}
+        inside_RN = inside_P[place_RN] & (sample_RN >= 0) & varies
+        runs.append(Run(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))
+    _check_together(runs, steps)
+    return runs
+
+
+def _check_together(runs: Sequence[Run], steps: int | None) -> None:
+    caches = {run.name: run.sampler.config["cache"] for run in runs}
+    if len(set(caches.values())) > 1:
+        said = ", ".join(f"{name}: {cache}" for name, cache in caches.items())
+        raise ValueError(f"cache must be the same for all tokenizers that are filled in together ({said})")
+    if steps is not None:
+        counts = {run.name: run.sampler.config["count"] for run in runs}
+        scheduled = [run for run in runs if counts[run.name] not in ADAPTIVE]
+        if not scheduled:
+            said = ", ".join(f"{name}: {count}" for name, count in counts.items())
+            raise ValueError(f"num_inference_steps {steps}, but count finds the number itself ({said})")
+        most = max(run.sample_RN.shape[1] for run in scheduled)
+        if steps > most and all(counts[run.name] != "ancestral" for run in scheduled):
+            raise ValueError(f"num_inference_steps {steps} is more than the {most} codes to fill in")
+
+
+@dataclass
+class _Logits:
+    """What a forward pass gave."""
+
+    keys: tuple[str, ...]  # of the nulls
+    where: dict[str, Tensor]
+    values: dict[str, list[Tensor]]  # by tokenizer: logits_MV of the condition, then of each null
+
+    def holds(self, keys: tuple[str, ...], where: Mapping[str, Tensor]) -> bool:
+        """Whether these are the logits of such a pass, if no token has changed."""
+        return keys == self.keys and all(
+            name in self.where and torch.equal(where_RN, self.where[name]) for name, where_RN in where.items()
+        )
+
+
+class Decoder:
+    """One batch on its way from masked to decided.
+
+    Args:
+        transformer, vocabulary: the denoiser and its layout.
+        batch: a row for each document.
+        runs: of `gather`.
+        nulls: null_BL by condition, "" for all of them: the tokens that the null does not see.
+        generators: one per document.
+        trace: keep `history`.
+        divergence: compare the logits of a cached pass with those of a whole one, at the cost of that.
+
+    Attributes:
+        ids_P: shared ids, `<mask>` where undecided.
+        nfe: forward passes of each document.
+        history: what was decided when, document by document; None without `trace`.
+    """
+
+    def __init__(
+        self,
+        transformer: MaskedDiffusionTransformer,
+        vocabulary: SharedVocabulary,
+        batch: TokenBatch,
+        runs: Sequence[Run],
+        nulls: Mapping[str, Tensor],
+        generators: Sequence[torch.Generator],
+        trace: bool = False,
+        divergence: bool = False,
+    ):
+        self.transformer, self.vocabulary, self.batch = transformer, vocabulary, batch
+        self.runs, self.nulls, self.generators = runs, nulls, generators
+        self.ids_P = torch.where(batch.known_BL, batch.ids_BL, MASK).flatten()
+        self.nfe = [0] * batch.num_documents
+        self.history: list[list[Decision]] | None = [[] for _ in self.nfe] if trace else None
+        self.steps = max(run.state.steps for run in runs)
+        self._guided = {key: set(batch.document_BL[null_BL].tolist()) for key, null_BL in nulls.items()}
+        self._mode = runs[0].sampler.config["cache"]
+        self._cache = KeyValueCache()
+        self._last: _Logits | None = None
+        self._compare = divergence
+        self._differences: list[Tensor] = []
+
+    def done(self, step: int) -> bool:
+        """Whether this step would have nothing to do."""
+        return all(run.done(step) for run in self.runs)
+
+    @property
+    def p_P(self) -> Tensor:
+        """float64: the probability of each token when it was decided; NaN where it was known."""
+        p_P = torch.full(self.ids_P.shape, torch.nan, dtype=torch.float64, device=self.ids_P.device)
+        for run in self.runs:
+            there_RN = run.sample_RN >= 0
+            p_P[run.place_RN[there_RN]] = run.state.p_RN[there_RN]
+        return p_P
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean total variation, ½ Σ |p - q|, between the distributions with and without cache, over all that a cached
+        pass was asked for; None where it was not measured."""
+        if not self._compare:
+            return None
+        return float(torch.cat(self._differences).mean()) if self._differences else 0.0
+
+    def step(self, step: int) -> None:
+        """One step of every run that has one left, in one forward pass for all of them and their nulls.
+
+        Logits of the step before are read again where nothing has changed since.
+        """
+        active = [(run, run.sampler.needs(run.state)) for run in self.runs if not run.done(step)]
+        scales = {run.name: run.scales_at(step) for run, _ in active}
+        where = {run.name: where_RN for run, where_RN in active}
+        asked = [run for run, where_RN in active if bool(where_RN.any())]
+        keys = tuple(sorted({key for run in asked for key in scales[run.name]}))
+        logits = self._last
+        if not asked:
+            sizes = {run.name: run.state.mask_token_id for run, _ in active}
+            nothing = {name: [torch.empty(0, size, device=self.ids_P.device)] for name, size in sizes.items()}
+            logits = _Logits((), where, nothing)
+        elif logits is None or not logits.holds(keys, where) or any(bool(run.fresh_R.any()) for run in self.runs):
+            if logits is None or keys != logits.keys:
+                for run in self.runs:
+                    run.fresh_R, run.block_R = torch.ones_like(run.fresh_R), torch.full_like(run.block_R, -1)
+            logits = _Logits(keys, where, self._forward(keys, active))
+            self._count(active, scales)
+            for run in self.runs:
+                run.fresh_R = torch.zeros_like(run.fresh_R)
+        self._last = logits
+        for run, where_RN in active:
+            before_RN = run.sample_RN
+            self._decide(run, where_RN, step, logits, scales[run.name])
+            if self.history is not None:
+                _record(step, run, before_RN, self.batch, self.history)
+
+    def _decide(self, run: Run, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, float]) -> None:
+        conditional_MV, *unconditional = logits.values[run.name]
+        null_of = dict(zip(logits.keys, unconditional, strict=True))
+        logits_MV = guide(conditional_MV, [(null_of[key], scale) for key, scale in scales.items() if key in null_of])
+        inside = torch.nonzero(run.inside_RN[where_RN]).flatten()
+        if len(inside):
+            stops = self.vocabulary.stop_codes(run.name, run.state.levels_RN[where_RN][inside])
+            logits_MV = logits_MV.index_put((inside, stops), logits_MV.new_tensor(-torch.inf))
+        output = run.sampler.step(
+            logits_MV,
+            run.state.steps - 1 - step,
+            run.sample_RN,
+            where=where_RN,
+            state=run.state,
+            generator=[self.generators[document] for document in run.documents],
+        )
+        run.fresh_R = (output.prev_sample != run.sample_RN).any(1)
+        run.sample_RN, run.state = output.prev_sample, output.state
+        there_RN, masked_RN = run.sample_RN >= 0, run.sample_RN == run.state.mask_token_id
+        decided_RN = run.sample_RN.where(there_RN & ~masked_RN, 0)
+        shared_RN = self.vocabulary.to_shared(run.name, decided_RN, run.state.levels_RN).masked_fill(masked_RN, MASK)
+        self.ids_P[run.place_RN[there_RN]] = shared_RN[there_RN]
+
+    def _count(self, active: Sequence[tuple[Run, Tensor]], scales: Mapping[str, Mapping[str, float]]) -> None:
+        """Add a step's forward passes, as if each document were alone: those of others cost it nothing."""
+        fresh, passes = set(), {}
+        for run, _ in active:
+            fresh |= {run.documents[row] for row in torch.nonzero(run.fresh_R).flatten().tolist()}
+        for run, where_RN in active:
+            for row in torch.nonzero(where_RN.any(1)).flatten().tolist():
+                document = run.documents[row]
+                if document in fresh:
+                    keys = {key for key in scales[run.name] if document in self._guided[key]}
+                    passes[document] = passes.get(document, set()) | keys
+        for document, keys in passes.items():
+            self.nfe[document] += 1 + len(keys)
+
+    def _forward(self, keys: tuple[str, ...], active: Sequence[tuple[Run, Tensor]]) -> dict[str, list[Tensor]]:
+        """Local log-probabilities by tokenizer: logits_MV of the condition, then of each null."""
+        documents = torch.zeros(self.batch.num_documents, dtype=torch.bool, device=self.ids_P.device)
+        for run, where_RN in active:
+            documents[torch.tensor(run.documents, device=documents.device)] |= where_RN.any(1)
+        if self._mode == "none":
+            return self._logits(keys, active, [(torch.nonzero(documents).flatten(), None)])
+        begins, active_BL = torch.zeros_like(documents), torch.zeros_like(self.batch.known_BL)
+        for run in self.runs:  # those that are done as well: their last block has changed since it was cached
+            block_R = current_block(run.state)
+            row_R = torch.tensor(run.documents, device=documents.device)
+            passes_R = documents[row_R]
+            begins[row_R] |= passes_R & (block_R != run.block_R)
+            run.block_R = torch.where(passes_R, block_R, run.block_R)
+            current_RN = run.state.block_RN == block_R[:, None]
+            active_BL.view(-1)[run.place_RN[current_RN]] = True
+        if self._mode == "approximate_prefix":
+            active_BL = active_BL.cumsum(1) > 0
+        passes: list[tuple[Tensor, Tensor | None]] = []
+        if bool(begins.any()):
+            passes.append((torch.nonzero(begins).flatten(), None))
+        row_S = torch.nonzero(documents & ~begins).flatten()
+        if len(row_S):
+            # The columns first, then the last of them again and again.
+            active_SL = active_BL[row_S]
+            number_S1 = active_SL.sum(1, keepdim=True)
+            order_SL = active_SL.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+            column_A = torch.arange(int(number_S1.max()), device=row_S.device)
+            passes.append((row_S, order_SL.gather(1, torch.minimum(column_A[None], number_S1 - 1))))
+        logits = self._logits(keys, active, passes)
+        if self._compare and len(row_S):
+            whole = self._logits(keys, active, [(row_S, None)], keep=False)
+            for run, where_RN in active:
+                of_M = torch.tensor(run.documents, device=row_S.device)[torch.nonzero(where_RN)[:, 0]]
+                cached_M = torch.isin(of_M, row_S)
+                difference_MV = logits[run.name][0].exp() - whole[run.name][0].exp()
+                self._differences.append(difference_MV[cached_M].abs().sum(-1) / 2)
+        return logits
+
+    def _logits(
+        self,
+        keys: tuple[str, ...],
+        active: Sequence[tuple[Run, Tensor]],
+        passes: Sequence[tuple[Tensor, Tensor | None]],
+        keep: bool = True,
+    ) -> dict[str, list[Tensor]]:
+        """Logits of what the runs ask for, where the passes reach; -inf beyond a level's span.
+
+        Args:
+            passes: row_S, and active_SA, the columns computed anew, or None for whole rows.
+            keep: whether the keys and values of whole rows replace the cached ones.
+        """
+        batch, (rows, length) = self.batch, self.batch.ids_BL.shape
+        exact = torch.float64 if self.transformer.dtype == torch.float64 else torch.float32
+        ids_BL = self.ids_P.view(rows, length)
+        seen = [ids_BL, *(torch.where(self.nulls[key], MASK, ids_BL) for key in keys)]
+        places = {run.name: run.place_RN[where_RN] for run, where_RN in active}
+        levels = {run.name: run.state.levels_RN[where_RN] for run, where_RN in active}
+        nothing = torch.tensor(-torch.inf, dtype=exact, device=ids_BL.device)
+        gathered = {
+            run.name: [nothing.repeat(len(places[run.name]), run.state.mask_token_id) for _ in seen]
+            for run, _ in active
+        }
+        for row_S, active_SA in passes:
+            width = length if active_SA is None else active_SA.shape[1]
+            new_B = torch.full((rows,), -1, device=row_S.device)
+            new_B[row_S] = torch.arange(len(row_S), device=row_S.device)
+            queries, entries = [], []
+            for name, level, span in self.vocabulary.flat_spans:
+                entry_N = place_N = torch.empty(0, dtype=torch.int64, device=row_S.device)
+                if name in places:
+                    reached_M = (levels[name] == level) & (new_B[places[name] // length] >= 0)
+                    entry_N = torch.nonzero(reached_M).flatten()
+                    place_N = places[name][entry_N]
+                new_N, column_N = new_B[place_N // length], place_N % length
+                if active_SA is not None:
+                    column_N = (active_SA[new_N] == column_N[:, None]).to(torch.int8).argmax(1)
+                offset_U1 = torch.arange(len(seen), device=row_S.device)[:, None] * len(row_S) * width
+                queries.append(((offset_U1 + new_N * width + column_N).flatten(), span))
+                entries.append(entry_N)
+            cached_S = torch.cat([number * rows + row_S for number in range(len(seen))])
+            cache = None
+            if self._mode != "none" and keep:
+                cache = KeyValueCache() if active_SA is None else self._cache.select(cached_S)
+            logits = self.transformer(
+                torch.cat([ids_BL[row_S] for ids_BL in seen]),
+                batch.positions_BL3[row_S].repeat(len(seen), 1, 1),
+                batch.document_BL[row_S].repeat(len(seen), 1),
+                queries,
+                batch.coords_BL3[row_S].repeat(len(seen), 1, 1),
+                cache,
+                None if active_SA is None else active_SA.repeat(len(seen), 1),
+            )
+            if cache is not None and active_SA is None:
+                self._cache.update(cached_S, cache, rows * (1 + len(self.nulls)))
+            for (name, _, (start, stop)), entry_N, logits_NV in zip(
+                self.vocabulary.flat_spans, entries, logits, strict=True
+            ):
+                parts = logits_NV.view(len(seen), len(entry_N), stop - start)
+                for whole_MV, part_NV in zip(gathered.get(name, ()), parts, strict=False):
+                    whole_MV[entry_N, : stop - start] = torch.log_softmax(part_NV.to(exact), -1)
+        return gathered
+
+
+def _record(step: int, run: Run, before_RN: Tensor, batch: TokenBatch, history: list[list[Decision]]) -> None:
+    """Add what a step has changed, in the order of places."""
+    segment_P = batch.segment_BL.flatten()
+    number_S = torch.bincount(batch.document_S, minlength=batch.num_documents)
+    first_D = number_S.cumsum(0) - number_S
+    for row, column in torch.nonzero(run.sample_RN != before_RN).tolist():
+        flat, document = int(run.place_RN[row, column]), run.documents[row]
+        segment = int(segment_P[flat])
+        place = flat - int(torch.nonzero(segment_P == segment)[0])
+        token = int(run.sample_RN[row, column])
+        token = -1 if token == run.state.mask_token_id else token
+        p = float(run.state.p_RN[row, column])
+        history[document].append(Decision(step, segment - int(first_D[document]), place, token, p))
