@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import AmusedScheduler, BlockRefinementScheduler, DDIMScheduler
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from toys import Frames, Grid, generator
 
 from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
@@ -495,3 +497,33 @@ def test_caches_must_agree():
     pipe.samplers["picture"] = MaskSampler()
     with pytest.raises(ValueError, match=r"cache must be the same .* \(picture: none, note: approximate_dual\)"):
         pipe(CACHED[:1])
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, in elements."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return made
+
+
+def test_no_tensor_of_batch_by_length_by_vocabulary():
+    tokenizers = {"picture": Grid(700, 4, 4), "other": Grid(2000, 4, 4), "note": Frames((900,))}
+    samplers = {
+        "picture": MaskSampler(guidance_scale=2.0, num_inference_steps=3),
+        "note": MaskSampler(order="margin", num_inference_steps=3),
+    }
+    pipe = make(tokenizers, samplers)
+    documents = [[Given("other", [3] * 16), Blank("picture"), Blank("note", frames=12)]] * 5
+    length = pipe.sequencer.batch(pipe._segments(documents)).ids_BL.shape[1]
+    with _Largest() as largest:
+        pipe(documents, generator=generator())
+    weight = pipe.vocabulary.rows * 32
+    asked = 5 * 16 * 700 * 2  # pictures, guided; notes are fewer
+    assert largest.size <= max(weight, asked) + 1000
+    assert max(weight, asked) < 5 * length * pipe.vocabulary.rows / 4

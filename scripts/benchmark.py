@@ -1,0 +1,294 @@
+"""Measure decoding: `decoding` its speed on a model without training, `sampling` quality against work on the demo's.
+
+Both print a table and end with one line of JSON. Times are ratios within one run: machines are noisy.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from multidiff import Blank, Codes, Given, MaskedDiffusionTransformer, MaskSampler, ModalityTokenizer, MultiDiffPipeline
+from multidiff.decoding import Decoder, gather
+from multidiff.seeding import generator_for
+from multidiff.sequence import Sequencer
+from multidiff.vocabulary import MASK, SharedVocabulary
+
+
+class Line(ModalityTokenizer):
+    """Codes in a line, of which only the number matters."""
+
+    modality = "line"
+    variable_length = False
+
+    def __init__(self, size: int):
+        self.codebook_sizes = (size,)
+
+    def canvas(self, length: int = 1) -> Codes:
+        place_N = torch.arange(length)
+        zero_N = torch.zeros_like(place_N)
+        return Codes(zero_N, zero_N, place_N[:, None].expand(-1, 3), {"length": length})
+
+    def encode(self, items: Any) -> list[Codes]:
+        return [self.canvas(len(item)) for item in items]
+
+    def decode(self, codes: Any) -> list[list[int]]:
+        return [code.ids_N.tolist() for code in codes]
+
+    @property
+    def fingerprint(self) -> str:
+        return f"line {self.codebook_sizes}"
+
+    def read(self, value: Any, folder: Path) -> Any:
+        raise NotImplementedError("a benchmark reads nothing")
+
+    def write(self, item: Any, stem: Path) -> Path:
+        raise NotImplementedError("a benchmark writes nothing")
+
+    def preview(self, item: Any) -> Any:
+        raise NotImplementedError("a benchmark shows nothing")
+
+    def examples(self) -> list[Any]:
+        return [[0]]
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError("a benchmark saves nothing")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Line":
+        raise NotImplementedError("a benchmark loads nothing")
+
+
+def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of this project's loop and of the plain one, at the same number of forward passes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizers = {"given": Line(arguments.vocabulary - arguments.span - 8), "target": Line(arguments.span)}
+    vocabulary = SharedVocabulary.of(tokenizers)
+    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=384, num_layers=6, num_heads=6)
+    model.initialize(generator_for(0))
+    model.eval().to(device)
+    result: dict[str, Any] = {"vocabulary": vocabulary.rows, "span": arguments.span, "device": device}
+    print("| target | batch | loop | passes | tokens/s | times as fast |\n|---|---|---|---|---|---|")
+    settings: dict[str, Any] = {"count": "linear", "order": "confidence"}
+    blocks = {"block_size": arguments.block, "cache": "approximate_dual"}
+    cases = [(256, 256, 64, settings, "ours"), (1024, 256, 256, {**settings, **blocks}, "ours, blocks and dual cache")]
+    for target, known, steps, options, name in cases:
+        for size in arguments.batch:
+            batch = _documents(vocabulary, tokenizers, size, known, target).to(device)
+            _ours(model, vocabulary, batch, MaskSampler(**options), steps, most=2)  # warm up
+            seconds = _ours(model, vocabulary, batch, MaskSampler(**options), steps)
+            plain = _plain(model, vocabulary, batch, steps, arguments.plain_steps)
+            for loop, spent in (("plain", plain), (name, seconds)):
+                rate, ratio = size * target / spent, plain / spent
+                print(f"| {target} | {size} | {loop} | {steps} | {rate:,.0f} | {ratio:.1f} |", flush=True)
+            result[f"{target} tokens, batch {size}"] = round(plain / seconds, 2)
+    result["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    return result
+
+
+def _documents(vocabulary: SharedVocabulary, tokenizers: Any, size: int, known: int, target: int) -> Any:
+    sequencer = Sequencer(tokenizers, vocabulary)
+    given = sequencer.given("given", tokenizers["given"].canvas(known))
+    return sequencer.batch([[given, sequencer.blank("target", {"length": target})]] * size)
+
+
+@torch.no_grad()
+def _ours(model: Any, vocabulary: Any, batch: Any, sampler: MaskSampler, steps: int, most: int | None = None) -> float:
+    inside_S = torch.zeros_like(batch.document_S)
+    runs = gather(batch, inside_S, vocabulary, {"target": sampler, "given": sampler}, steps)
+    generators = [generator_for(0, row) for row in range(batch.num_documents)]
+    decoder = Decoder(model, vocabulary, batch, runs, {}, generators)
+    _wait()
+    begun = time.perf_counter()
+    for step in range(most or decoder.steps):
+        decoder.step(step)
+    _wait()
+    return time.perf_counter() - begun
+
+
+@torch.no_grad()
+def _plain(model: Any, vocabulary: Any, batch: Any, steps: int, measured: int) -> float:
+    """The loop that every repository copies (Nie et al. 2025, generate.py): logits of every position over the whole
+    vocabulary, Gumbel noise over all of them in fp64, softmax, top-k. All its steps cost the same, so a few are
+    measured."""
+    ids_BL = torch.where(batch.known_BL, batch.ids_BL, MASK)
+    everywhere = torch.arange(ids_BL.numel(), device=ids_BL.device)
+    generator = torch.Generator(device=ids_BL.device).manual_seed(0)
+    number = int((~batch.known_BL[0]).sum()) // steps
+    _wait()
+    begun = time.perf_counter()
+    for _ in range(measured):
+        queries = [(everywhere, (0, vocabulary.rows))]
+        (logits_PV,) = model(ids_BL, batch.positions_BL3, batch.document_BL, queries, batch.coords_BL3)
+        logits_BLV = logits_PV.view(*ids_BL.shape, -1)
+        noise_BLV = torch.rand(logits_BLV.shape, dtype=torch.float64, generator=generator, device=ids_BL.device)
+        token_BL = (logits_BLV.double().exp() / -noise_BLV.log()).argmax(-1)
+        p_BL = torch.softmax(logits_BLV, -1).gather(-1, token_BL[..., None])[..., 0]
+        confidence_BL = p_BL.masked_fill(ids_BL != MASK, -torch.inf)
+        for row, place_N in enumerate(confidence_BL.topk(number, dim=1).indices):
+            ids_BL[row, place_N] = token_BL[row, place_N]
+    _wait()
+    return (time.perf_counter() - begun) * steps / measured
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+ORDERS = {"text": ("random", "confidence", "margin", "entropy", "left_to_right"),
+          "image": ("random", "confidence", "margin", "entropy", "row_scan", "halton"),
+          "speech": ("random", "confidence", "margin", "entropy", "left_to_right")}  # fmt: skip
+TASKS = {"image_to_text": ("image", "text"), "text_to_image": ("text", "image"), "text_to_audio": ("text", "speech")}
+ADAPTIVE = [
+    *({"order": "confidence", "count": "threshold", "threshold": value} for value in (0.3, 0.5, 0.7, 0.9)),
+    *({"order": "confidence", "count": "factor", "factor": value} for value in (0.5, 1.0, 1.5, 2.0)),
+    *({"order": "entropy", "count": "entropy_bound", "entropy_bound": value} for value in (0.3, 1.0, 3.0, 8.0)),
+]
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quality by the demo's judges against forward passes and seconds, for all orders and counts."""
+    from demo.digits import digit_of
+    from demo.metrics import _documents as pairs_of
+    from demo.metrics import fit_judges
+    from multidiff.data.folder import read_metadata
+
+    pipe = MultiDiffPipeline.from_pretrained(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    judges = fit_judges(pipe, arguments.data, seed=arguments.seed)
+    records = read_metadata(arguments.data, splits=("test",))
+    rows: list[dict[str, Any]] = []
+    plans = [(task, options) for task, (_, made) in TASKS.items() for options in _plans(pipe, made)]
+    for task, options in tqdm(plans, desc="sampling", leave=False):
+        given, made = TASKS[task]
+        pairs = pairs_of(records, given, made)[: arguments.num]
+        items = [pipe.tokenizers[given].read(value, arguments.data) for value, _ in pairs]
+        digits = torch.tensor([digit_of(value[1] if given == "text" else value[0]) for value in pairs])
+        saved = pipe.samplers[made]
+        kept = {key: saved.settings[key] for key in ("temperature", "canvas", "guidance_scale")}
+        pipe.samplers[made] = MaskSampler(**{**kept, **options})
+        begun = time.perf_counter()
+        output = pipe(
+            [[Given(given, item), Blank(made)] for item in items],
+            generator=[generator_for(arguments.seed, row) for row in range(len(items))],
+        )
+        seconds = time.perf_counter() - begun
+        pipe.samplers[made] = saved
+        judged = judges[made].predict([document[1].item for document in output.documents])
+        rows.append(
+            {
+                "task": task,
+                "order": options["order"],
+                "count": _count(options),
+                "adaptive": "num_inference_steps" not in options,
+                "score": float((judged == digits).float().mean()),
+                "nfe": sum(output.nfe) / len(output.nfe),
+                "seconds": seconds / len(items),
+            }
+        )
+    print("| task | order | count | score | passes | ms each |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['task']} | {row['order']} | {row['count']} | {row['score']:.3f} | {row['nfe']:.1f} "
+            f"| {1000 * row['seconds']:.1f} |"
+        )
+    _plot(rows, arguments.plot)
+    return {task: _ratios([row for row in rows if row["task"] == task], arguments.num) for task in TASKS}
+
+
+def _plans(pipe: MultiDiffPipeline, made: str) -> list[dict[str, Any]]:
+    number = len(pipe.sequencer.blank(made, pipe.samplers[made].settings["canvas"] or {}))
+    steps = sorted({max(1, number // 8), number // 4, number // 2, number})
+    scheduled = [
+        {"order": order, "count": count, "num_inference_steps": number_of}
+        for order in ORDERS[made]
+        for count in ("linear", "cosine", "arccos")
+        for number_of in steps
+        if number_of < number or count == "linear"  # with a step for each code all schedules are one
+    ]
+    return scheduled + ADAPTIVE
+
+
+def _count(options: dict[str, Any]) -> str:
+    value = options.get("num_inference_steps", options.get(options["count"]))
+    return f"{options['count']} {value}"
+
+
+def _ratios(rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    """The cheapest adaptive rule that is as good as one code a step in the order of confidence, within one standard
+    error of the difference, and what it saves."""
+    one = max((row for row in rows if not row["adaptive"] and row["order"] == "confidence"), key=lambda row: row["nfe"])
+    error = (2 * one["score"] * (1 - one["score"]) / number) ** 0.5
+    as_good = [row for row in rows if row["adaptive"] and row["score"] >= one["score"] - error]
+    if not as_good:
+        return {"one_per_step": one["score"], "adaptive": None}
+    best = min(as_good, key=lambda row: row["nfe"])
+    return {
+        "one_per_step": one["score"],
+        "adaptive": best["score"],
+        "rule": best["count"],
+        "passes": round(best["nfe"] / one["nfe"], 3),
+        "seconds": round(best["seconds"] / one["seconds"], 3),
+    }
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(TASKS), figsize=(4 * len(TASKS), 7), sharey="col", layout="constrained")
+    for column, task in enumerate(TASKS):
+        mine = [row for row in rows if row["task"] == task]
+        for line, (key, label) in enumerate((("nfe", "forward passes"), ("seconds", "seconds each"))):
+            axis = axes[line][column]
+            for order in dict.fromkeys(row["order"] for row in mine):
+                some = [row for row in mine if row["order"] == order and not row["adaptive"]]
+                axis.scatter([row[key] for row in some], [row["score"] for row in some], s=14, label=order)
+            some = [row for row in mine if row["adaptive"]]
+            axis.scatter(
+                [row[key] for row in some], [row["score"] for row in some], s=40, marker="*", c="k", label="adaptive"
+            )
+            axis.set(xscale="log", xlabel=label, title=task.replace("_", " ") if not line else "")
+        axes[0][column].set_ylabel("right digit")
+    axes[0][0].legend(fontsize=7)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="decoding | sampling")
+    help_ = "tokens a second against the loop that every repository copies"
+    speed = commands.add_parser("decoding", help=help_, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    speed.add_argument("--vocabulary", type=int, default=65_536, help="of all tokenizers together")
+    speed.add_argument("--span", type=int, default=8_192, help="of the tokenizer to fill in")
+    speed.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="documents at a time")
+    speed.add_argument("--block", type=int, default=64, help="block_size of the run with caches")
+    speed.add_argument("--plain-steps", type=int, default=3, help="how many steps of the plain loop to time")
+    speed.set_defaults(run=decoding)
+    help_ = "quality against work for all orders and counts"
+    quality = commands.add_parser("sampling", help=help_, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    quality.add_argument("--model", type=Path, default=Path("runs/demo/model"), help="a model of the digits demo")
+    quality.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="its data folder")
+    quality.add_argument("--num", type=int, default=200, help="test documents a task")
+    quality.add_argument("--seed", type=int, default=0, help="of judges and draws")
+    quality.add_argument("--plot", type=Path, default=Path("assets/sampling.png"), help="where the plot goes")
+    quality.set_defaults(run=sampling)
+    arguments = parser.parse_args()
+    print(json.dumps(arguments.run(arguments)))
+
+
+if __name__ == "__main__":
+    main()
