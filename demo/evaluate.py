@@ -21,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of a training (runs/demo)")
     parser.add_argument("--data", type=Path, help="data folder (default: `data` in the output folder)")
     parser.add_argument("--num", type=int, default=320, help="samples judged in each direction (default: 320)")
-    parser.add_argument("--steps", type=int, help="decoding steps (default: as saved with the model)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (default: as saved with the model)")
     parser.add_argument("--seed", type=int, default=0, help="of judges and sampling (default: 0)")
     options = parser.parse_args(arguments)
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output: Path = options.output
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = MultiDiffPipeline.from_pretrained(output / "model", device=device)
-    sampling = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+    sampling = {"guidance": options.guidance, "seed": options.seed}
     metrics, samples = measure(pipeline, options.data or output / "data", num=options.num, **sampling)
     training = json.loads((output / "model" / "training.json").read_text(encoding="utf-8"))
     scalars = read_scalars(output / "log")
