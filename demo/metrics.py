@@ -99,7 +99,7 @@ def measure(
     """
     judges = fit_judges(pipeline, folder, seed=seed, progress=progress)
     records = read_metadata(folder, splits=("test",))
-    chosen = {name: _documents(records, *pair)[:num] for name, pair in DIRECTIONS.items()}
+    chosen = {name: pairs_of(records, *pair)[:num] for name, pair in DIRECTIONS.items()}
     samples: dict[str, list[Sample]] = {}
     reconstructions: dict[str, list[Any]] = {}
     metrics: dict[str, Any] = {}
@@ -221,7 +221,7 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _documents(records: Sequence[Record], given: str, made: str) -> list[tuple[str, str]]:
+def pairs_of(records: Sequence[Record], given: str, made: str) -> list[tuple[str, str]]:
     """(given, made) values of the documents that hold both."""
     segments = [dict(record.segments) for record in records]
     return [(row[given], row[made]) for row in segments if given in row and made in row]

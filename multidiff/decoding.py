@@ -79,11 +79,10 @@ class Run:
         adaptive = self.sampler.config["count"] in ADAPTIVE
         return step >= self.state.steps or (adaptive and not bool(self.state.undecided_RN.any()))
 
-    def scales_at(self, step: int) -> dict[str, float]:
-        """Those that are not 1."""
+    def scales_at(self, step: int) -> dict[str, Tensor]:
+        """scale_R of each condition, by tokenizer."""
         schedule = self.sampler.config["guidance_schedule"]
-        scales = {key: scale_at(scale, schedule, step, self.state.steps) for key, scale in self.scales.items()}
-        return {key: scale for key, scale in scales.items() if scale != 1}
+        return {key: scale_at(scale, schedule, step, self.state.steps_R) for key, scale in self.scales.items()}
 
 
 def gather(
@@ -116,6 +115,9 @@ def gather(
     first_S = torch.full_like(batch.document_S, len(flat_P))
     first_S = first_S.scatter_reduce(0, segment_P, flat_P.masked_fill(outside_P, len(flat_P)), "amin")
     inside_P = (flat_P - first_S[segment_P]) < inside_S[segment_P]
+    extent_S3 = torch.zeros(len(batch.document_S), 3, dtype=torch.int64, device=segment_P.device)
+    index_P3 = segment_P[:, None].expand(-1, 3)
+    extent_S3 = extent_S3.scatter_reduce(0, index_P3, batch.coords_BL3.flatten(0, 1) + 1, "amax")
     for place, (name, spans) in enumerate(vocabulary.spans.items()):
         flat_U = torch.nonzero(unknown_P & (tokenizer_P == place)).flatten()
         if not len(flat_U):
@@ -132,12 +134,12 @@ def gather(
         sample_RN[index] = max(stop - start for start, stop in spans)
         levels_RN = (span_P[place_RN] - vocabulary.first_span[name]).where(sample_RN >= 0, 0)
         coords_RN3 = batch.coords_BL3.flatten(0, 1)[place_RN]
-        stop_RN = vocabulary.stop_codes(name, levels_RN) if varies else None
+        inside_RN = inside_P[place_RN] & (sample_RN >= 0) & varies
+        stop_RN = vocabulary.stop_codes(name, levels_RN).masked_fill(inside_RN, -1) if varies else None
         own = None if sampler.config["count"] in ADAPTIVE else steps
-        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, stop_RN)
+        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, stop_RN, extent_S3[segment_P[place_RN]])
         strength = sampler.config["guidance_scale"] if scale is None else scale
         scales = strength if isinstance(strength, Mapping) else {"": strength}
-        inside_RN = inside_P[place_RN] & (sample_RN >= 0) & varies
         runs.append(Run(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))
     _check_together(runs, steps)
     return runs
@@ -213,6 +215,7 @@ class Decoder:
         self._mode = runs[0].sampler.config["cache"]
         self._cache = KeyValueCache()
         self._last: _Logits | None = None
+        self._asked_last: dict[int, set[str]] = {}  # the nulls that each document's logits are for
         self._compare = divergence
         self._differences: list[Tensor] = []
 
@@ -243,21 +246,26 @@ class Decoder:
         Logits of the step before are read again where nothing has changed since.
         """
         active = [(run, run.sampler.needs(run.state)) for run in self.runs if not run.done(step)]
-        scales = {run.name: run.scales_at(step) for run, _ in active}
+        scales = {run.name: self._scales(run, step) for run, _ in active}
         where = {run.name: where_RN for run, where_RN in active}
-        asked = [run for run, where_RN in active if bool(where_RN.any())]
-        keys = tuple(sorted({key for run in asked for key in scales[run.name]}))
+        asked = self._asked(active, scales)
+        keys = tuple(sorted(set().union(*asked.values())))
         logits = self._last
         if not asked:
             sizes = {run.name: run.state.mask_token_id for run, _ in active}
             nothing = {name: [torch.empty(0, size, device=self.ids_P.device)] for name, size in sizes.items()}
             logits = _Logits((), where, nothing)
         elif logits is None or not logits.holds(keys, where) or any(bool(run.fresh_R.any()) for run in self.runs):
-            if logits is None or keys != logits.keys:
-                for run in self.runs:
-                    run.fresh_R, run.block_R = torch.ones_like(run.fresh_R), torch.full_like(run.block_R, -1)
+            for run in self.runs:
+                # Under another null nothing that was computed before will do.
+                anew = [asked.get(document, set()) != self._asked_last.get(document) for document in run.documents]
+                anew_R = torch.tensor(anew, device=run.block_R.device)
+                run.fresh_R, run.block_R = run.fresh_R | anew_R, run.block_R.masked_fill(anew_R, -1)
+            fresh = {run.documents[row] for run in self.runs for row in torch.nonzero(run.fresh_R).flatten().tolist()}
+            for document in fresh & asked.keys():  # as if alone: the passes of others cost it nothing
+                self.nfe[document] += 1 + len(asked[document])
             logits = _Logits(keys, where, self._forward(keys, active))
-            self._count(active, scales)
+            self._asked_last = {**self._asked_last, **asked}
             for run in self.runs:
                 run.fresh_R = torch.zeros_like(run.fresh_R)
         self._last = logits
@@ -267,10 +275,32 @@ class Decoder:
             if self.history is not None:
                 _record(step, run, before_RN, self.batch, self.history)
 
-    def _decide(self, run: Run, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, float]) -> None:
+    def _scales(self, run: Run, step: int) -> dict[str, Tensor]:
+        """scale_R of each condition; 1 where the document gives none."""
+        scales = {}
+        for key, scale_R in run.scales_at(step).items():
+            guided = [document in self._guided.get(key, ()) for document in run.documents]
+            scales[key] = torch.where(torch.tensor(guided, device=scale_R.device), scale_R, 1.0)
+        return scales
+
+    def _asked(
+        self, active: Sequence[tuple[Run, Tensor]], scales: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[int, set[str]]:
+        """The documents that need logits, and the conditions whose nulls they need."""
+        asked: dict[int, set[str]] = {}
+        for run, where_RN in active:
+            for row in torch.nonzero(where_RN.any(1)).flatten().tolist():
+                document = run.documents[row]
+                keys = {key for key, scale_R in scales[run.name].items() if float(scale_R[row]) != 1}
+                asked[document] = asked.get(document, set()) | keys
+        return asked
+
+    def _decide(self, run: Run, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, Tensor]) -> None:
         conditional_MV, *unconditional = logits.values[run.name]
+        row_M = torch.nonzero(where_RN)[:, 0]
+        guided = {key: scales[key][row_M, None].to(conditional_MV) for key in logits.keys if key in scales}
         null_of = dict(zip(logits.keys, unconditional, strict=True))
-        logits_MV = guide(conditional_MV, [(null_of[key], scale) for key, scale in scales.items() if key in null_of])
+        logits_MV = guide(conditional_MV, [(null_of[key], scale_M1) for key, scale_M1 in guided.items()])
         inside = torch.nonzero(run.inside_RN[where_RN]).flatten()
         if len(inside):
             stops = self.vocabulary.stop_codes(run.name, run.state.levels_RN[where_RN][inside])
@@ -289,20 +319,6 @@ class Decoder:
         decided_RN = run.sample_RN.where(there_RN & ~masked_RN, 0)
         shared_RN = self.vocabulary.to_shared(run.name, decided_RN, run.state.levels_RN).masked_fill(masked_RN, MASK)
         self.ids_P[run.place_RN[there_RN]] = shared_RN[there_RN]
-
-    def _count(self, active: Sequence[tuple[Run, Tensor]], scales: Mapping[str, Mapping[str, float]]) -> None:
-        """Add a step's forward passes, as if each document were alone: those of others cost it nothing."""
-        fresh, passes = set(), {}
-        for run, _ in active:
-            fresh |= {run.documents[row] for row in torch.nonzero(run.fresh_R).flatten().tolist()}
-        for run, where_RN in active:
-            for row in torch.nonzero(where_RN.any(1)).flatten().tolist():
-                document = run.documents[row]
-                if document in fresh:
-                    keys = {key for key in scales[run.name] if document in self._guided[key]}
-                    passes[document] = passes.get(document, set()) | keys
-        for document, keys in passes.items():
-            self.nfe[document] += 1 + len(keys)
 
     def _forward(self, keys: tuple[str, ...], active: Sequence[tuple[Run, Tensor]]) -> dict[str, list[Tensor]]:
         """Local log-probabilities by tokenizer: logits_MV of the condition, then of each null."""
@@ -362,6 +378,7 @@ class Decoder:
         seen = [ids_BL, *(torch.where(self.nulls[key], MASK, ids_BL) for key in keys)]
         places = {run.name: run.place_RN[where_RN] for run, where_RN in active}
         levels = {run.name: run.state.levels_RN[where_RN] for run, where_RN in active}
+        numbers = [0, *(1 + list(self.nulls).index(key) for key in keys)]  # a cache keeps a place for every null
         nothing = torch.tensor(-torch.inf, dtype=exact, device=ids_BL.device)
         gathered = {
             run.name: [nothing.repeat(len(places[run.name]), run.state.mask_token_id) for _ in seen]
@@ -384,7 +401,7 @@ class Decoder:
                 offset_U1 = torch.arange(len(seen), device=row_S.device)[:, None] * len(row_S) * width
                 queries.append(((offset_U1 + new_N * width + column_N).flatten(), span))
                 entries.append(entry_N)
-            cached_S = torch.cat([number * rows + row_S for number in range(len(seen))])
+            cached_S = torch.cat([number * rows + row_S for number in numbers])
             cache = None
             if self._mode != "none" and keep:
                 cache = KeyValueCache() if active_SA is None else self._cache.select(cached_S)

@@ -35,10 +35,10 @@ def infill(pipe: MultiDiffPipeline, tokenizer: str, before: Any, after: Any, roo
     first, last = pipe.tokenizers[tokenizer].encode([before, after])
     (unit, start), (_, end) = *first.size.items(), *last.size.items()
     canvas = pipe.tokenizers[tokenizer].canvas(**{unit: start + room + end})
-    gap = len(canvas) - len(first) - len(last)
-    ids_N = torch.cat([first.ids_N, canvas.ids_N[:gap], last.ids_N])
+    number = len(canvas) - len(first) - len(last)
+    ids_N = torch.cat([first.ids_N, canvas.ids_N[:number], last.ids_N])
     known_N = torch.ones(len(canvas), dtype=torch.bool)
-    known_N[len(first) : len(first) + gap] = False
+    known_N[len(first) : len(first) + number] = False
     return Partial(tokenizer, replace(canvas, ids_N=ids_N), known_N)
 
 
@@ -142,9 +142,7 @@ def refine(document: Sequence[Filled], share: float = 0.2) -> list[Given | Parti
     known_N[p_N.argsort(stable=True)[: max(1, round(share * number))]] = False
     known = known_N.split([len(part.p_N) for part in document])
     return [
-        Given(part.tokenizer, part.item)
-        if bool(part.p_N.isnan().all())
-        else Partial(part.tokenizer, part.codes, known_M)
+        Given(part.tokenizer, part.item) if part.given else Partial(part.tokenizer, part.codes, known_M)
         for part, known_M in zip(document, known, strict=True)
     ]
 
@@ -157,6 +155,8 @@ def _must_vary(pipe: MultiDiffPipeline, tokenizer: str, what: str) -> None:
 def _pixels(tokenizer: str, codes: Codes) -> tuple[int, int]:
     if not {"height", "width"} <= codes.size.keys():
         raise ValueError(f"{tokenizer!r} has no height and width: only pictures are painted on")
+    if bool(codes.levels_N.any()):
+        raise ValueError(f"{tokenizer!r} has several codes a cell: only pictures of one level are painted on")
     return codes.size["height"], codes.size["width"]
 
 

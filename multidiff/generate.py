@@ -30,12 +30,12 @@ def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
     """Parse `arguments` and generate; the first may name a preset: "caption", "image" or "audio"."""
     preset = arguments[0] if arguments and arguments[0] in _PRESETS else None
     parser = _parser(preset, prog)
-    options, rest = parser.parse_known_args(arguments[1:] if preset else arguments)
-    options.sampler = _overrides(parser, rest)
+    rest, overrides = _overrides(parser, arguments[1:] if preset else arguments)
+    options = parser.parse_args(rest)
     from multidiff.cli import stop
 
     try:
-        _generate(preset, options)
+        _generate(preset, options, overrides)
     except (ValueError, ImportError) as error:
         stop(error)
 
@@ -46,6 +46,7 @@ def _parser(preset: str | None, prog: str) -> argparse.ArgumentParser:
         description=_PRESETS[preset] if preset else "Fill in the blanks of a document of any modalities.",
         epilog=None if preset else _EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="folder of a saved model, or a Lightning checkpoint (.ckpt)")
     if preset == "caption":
@@ -67,30 +68,33 @@ def _parser(preset: str | None, prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_positive, help=f"decoding steps {saved}")
     parser.add_argument("--guidance", type=float, help=f"classifier-free guidance, 1 is none {saved}")
     help_ = f"a decoding setting of tokenizer NAME, e.g. --sampler.text.order=margin {saved}"
-    parser.add_argument("--sampler.NAME.KEY", metavar="VALUE", dest="sampler", help=help_)
+    parser.add_argument("--sampler.NAME.KEY", metavar="VALUE", help=help_)
     parser.add_argument("--device", help="where to run (default: a GPU if there is one)")
     return parser
 
 
-def _overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{tokenizer: {setting: value}} of arguments `--sampler.NAME.KEY=VALUE` or `--sampler.NAME.KEY VALUE`; values are
-    JSON where they can be read as such, else text."""
+def _overrides(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The other arguments, and {tokenizer: {setting: value}} of `--sampler.NAME.KEY=VALUE`, or with a space for the =;
+    values are JSON where they can be read as such, else text."""
+    rest: list[str] = []
     overrides: dict[str, dict[str, Any]] = {}
-    words = iter(rest)
+    words = iter(arguments)
     for word in words:
+        if not word.startswith("--sampler."):
+            rest.append(word)
+            continue
         key, mark, value = word.partition("=")
+        value = value if mark else next(words, "--")
         path = key.split(".")
-        if path[0] != "--sampler" or len(path) != 3:
-            parser.error(f"unrecognized argument: {word}")
-        if not mark:
-            value = next(words, None)
-            if value is None:
-                parser.error(f"{word} needs a value, for instance {word}=1")
+        if len(path) != 3 or value.startswith("--"):
+            parser.error(f"{key}: write --sampler.NAME.KEY=VALUE, for instance --sampler.text.order=margin")
         try:
             overrides.setdefault(path[1], {})[path[2]] = json.loads(value)
         except json.JSONDecodeError:
             overrides.setdefault(path[1], {})[path[2]] = value
-    return overrides
+    return rest, overrides
 
 
 class _Segment(argparse.Action):
@@ -114,7 +118,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _generate(preset: str | None, options: argparse.Namespace) -> None:
+def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> None:
     import torch
 
     from multidiff.pipeline import MultiDiffPipeline
@@ -125,7 +129,7 @@ def _generate(preset: str | None, options: argparse.Namespace) -> None:
         raise ValueError("nothing to do: name what is there with --given and what to fill in with --fill")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = MultiDiffPipeline.from_pretrained(options.model, device=device)
-    for name, settings in options.sampler.items():
+    for name, settings in overrides.items():
         pipeline.vocabulary.layout(name)
         changed = {**pipeline.samplers[name].settings, **settings}
         pipeline.samplers[name] = MaskSampler.from_settings(changed, f"--sampler.{name}")

@@ -52,6 +52,14 @@ class MuonAdamW(Optimizer):
         super().__init__(groups, {})
         self._share()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        part = self._muon if param_group.get("hidden") else self._adamw
+        super().add_param_group({**part.defaults, "hidden": False, **param_group})
+        self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_muon": self._muon, "_adamw": self._adamw}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()

@@ -80,12 +80,14 @@ class Filled:
         item: what its codes decode to; for a `Given`, what was given.
         codes: its codes.
         p_N: float64, the probability of each code when it was decided; NaN where it was known.
+        given: whether it was a `Given`.
     """
 
     tokenizer: str
     item: Any
     codes: Codes
     p_N: Tensor
+    given: bool
 
 
 @dataclass
@@ -314,7 +316,8 @@ class MultiDiffPipeline(DiffusionPipeline):
             for column, part in enumerate(document):
                 item = part.item if isinstance(part, Given) else items[row, column]
                 code = codes[row][column]
-                parts[-1].append(Filled(part.tokenizer, item, code, next(p_of)[: len(code)]))
+                given = isinstance(part, Given)
+                parts[-1].append(Filled(part.tokenizer, item, code, next(p_of)[: len(code)], given))
         return parts
 
     def save_pretrained(

@@ -5,7 +5,6 @@ Both print a table and end with one line of JSON. Times are ratios within one ru
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -85,12 +84,12 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
             batch = _documents(vocabulary, tokenizers, size, known, target).to(device)
             _ours(model, vocabulary, batch, MaskSampler(**options), steps, most=2)  # warm up
             seconds = _ours(model, vocabulary, batch, MaskSampler(**options), steps)
+            _plain(model, vocabulary, batch, steps, 1)  # warm up
             plain = _plain(model, vocabulary, batch, steps, arguments.plain_steps)
             for loop, spent in (("plain", plain), (name, seconds)):
                 rate, ratio = size * target / spent, plain / spent
                 print(f"| {target} | {size} | {loop} | {steps} | {rate:,.0f} | {ratio:.1f} |", flush=True)
             result[f"{target} tokens, batch {size}"] = round(plain / seconds, 2)
-    result["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return result
 
 
@@ -158,8 +157,7 @@ ADAPTIVE = [
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Quality by the demo's judges against forward passes and seconds, for all orders and counts."""
     from demo.digits import digit_of
-    from demo.metrics import _documents as pairs_of
-    from demo.metrics import fit_judges
+    from demo.metrics import fit_judges, pairs_of
     from multidiff.data.folder import read_metadata
 
     pipe = MultiDiffPipeline.from_pretrained(arguments.model)
@@ -207,7 +205,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _plans(pipe: MultiDiffPipeline, made: str) -> list[dict[str, Any]]:
     number = len(pipe.sequencer.blank(made, pipe.samplers[made].settings["canvas"] or {}))
-    steps = sorted({max(1, number // 8), number // 4, number // 2, number})
+    steps = sorted({max(1, number // parts) for parts in (8, 4, 2, 1)})
     scheduled = [
         {"order": order, "count": count, "num_inference_steps": number_of}
         for order in ORDERS[made]

@@ -156,6 +156,13 @@ def test_decoding_settings_on_the_command_line(model, files, capsys):
     )
     everything_but_zero = ",".join(str(code) for code in range(1, 257))
     assert caption(f"--sampler.text.forbidden=[{everything_but_zero}]").strip() == "!" * 5
+    main(["generate", "caption", "--model", str(model), "--sampler.text.temperature", "0", str(files / "a.png")])
+    assert capsys.readouterr().out.split("\t")[1] == caption("--sampler.text.temperature=0")
+    order = "--sampler.text.order"
+    for wrong in ([order], ["--sampler.text=1"], [order, "--seed", "1"], ["--sam", "1"]):
+        with pytest.raises(SystemExit):
+            caption(*wrong)
+        assert "--sam" in capsys.readouterr().err
     assert caption("--sampler.text.count=linear", "--sampler.text.block_size=2") != plain
     assert caption() == plain
 

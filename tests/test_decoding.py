@@ -1,6 +1,7 @@
 """Decoding rules against independent rewrites of the papers' definitions."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -215,14 +216,14 @@ def grid(height, width):
     return torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))[None]
 
 
-def decided_in_turn(sampler, coords_RN3, levels_RN=None, size=3):
+def decided_in_turn(sampler, coords_RN3, levels_RN=None, size=3, extent_RN3=None):
     """Which positions are decided at each step, for a model that is surest of the last position."""
     number = coords_RN3.shape[1]
     sample_RN = torch.full((1, number), size)
     levels_RN = torch.zeros_like(sample_RN) if levels_RN is None else levels_RN
     logits_NV = torch.zeros(number, size, dtype=torch.float64)
     logits_NV[:, 0] = torch.arange(number)
-    state, turns = sampler.start(sample_RN, levels_RN, coords_RN3, number), []
+    state, turns = sampler.start(sample_RN, levels_RN, coords_RN3, number, extent_RN3=extent_RN3), []
     for timestep in range(state.steps - 1, -1, -1):
         where_RN = sampler.needs(state)
         output = sampler.step(
@@ -240,9 +241,10 @@ def test_orders_by_place():
     assert decided_in_turn(MaskSampler(order="row_scan", **linear), grid(2, 2)) == [[0], [1], [2], [3]]
     ranks = torch.from_numpy(halton_ranks(3, 4)).flatten()
     assert decided_in_turn(MaskSampler(order="halton", **linear), grid(3, 4)) == [[int(n)] for n in ranks.argsort()]
-    # Some cells are known: the others keep their turn.
-    some = [1, 2, 6, 11]
-    turns = decided_in_turn(MaskSampler(order="halton", **linear), grid(3, 4)[:, some])
+    # Some cells are known, the last row among them: the others keep their turn.
+    some = [1, 2, 6, 7]
+    extent_RN3 = torch.tensor([1, 3, 4]).expand(1, 4, 3)
+    turns = decided_in_turn(MaskSampler(order="halton", **linear), grid(3, 4)[:, some], extent_RN3=extent_RN3)
     assert [some[n] for (n,) in turns] == sorted(some, key=lambda n: int(ranks[n]))
     with pytest.raises(ValueError, match=r"order 'halton' needs codes on a grid.*order 'left_to_right'"):
         decided_in_turn(MaskSampler(order="halton"), line_RN3)
@@ -315,6 +317,7 @@ def test_forbidden_forced_and_repeated_codes():
         ({"forbidden": [0, 1, 2, 3]}, "forbidden leaves none of the 4 codes"),
         ({"forbidden": [1], "forced": {0: 1}}, "forced wants code 1 at place 0, which forbidden rules out"),
         ({"min_length": 2}, "min_length 2 needs codes whose length varies"),
+        ({"forced": {5: 1}}, "forced: place 5 is none of the 5 codes to fill in"),
     ):
         with pytest.raises(ValueError, match=message):
             made(**options)
@@ -332,6 +335,46 @@ def test_lengths(least, most, stops_at):
     where_RN = sampler.needs(state)
     final_N = sampler.step(logits_NV, 0, sample_RN, where=where_RN, state=state, generator=[generator()]).prev_sample[0]
     assert int((final_N == 3).nonzero()[0]) == stops_at
+
+
+def test_restrictions_that_leave_nothing_are_named():
+    coords_RN3 = torch.arange(4)[None, :, None].expand(1, 4, 3)
+    sample_RN = torch.full((1, 4), 4)
+    for options, temperature in (
+        ({"max_length": 1, "forbidden": [3]}, 1.0),
+        ({"forced": {0: 3}, "min_length": 1}, 0.0),
+    ):
+        sampler = MaskSampler(count="linear", temperature=temperature, **options)
+        state = sampler.start(sample_RN, torch.zeros_like(sample_RN), coords_RN3, 1, torch.full_like(sample_RN, 3))
+        with pytest.raises(ValueError, match=r"nothing is left to draw at a position: change (forbidden|forced)"):
+            sampler.step(
+                torch.zeros(4, 4), 0, sample_RN, where=sampler.needs(state), state=state, generator=[generator()]
+            )
+
+
+def test_a_penalty_is_for_content_of_the_same_level():
+    """Stops behind the content repeat nothing, and code 0 of level 1 is another than that of level 0."""
+    logits_NV = torch.tensor([0.5, 0.0, -9.0, 1.0], dtype=torch.float64).expand(4, 4)
+    sample_RN = torch.full((1, 4), 4)
+    levels_RN = torch.tensor([[0, 0, 1, 1]])
+    sampler = MaskSampler(order="left_to_right", count="linear", temperature=0.0, repetition_penalty=5.0)
+    coords_RN3 = torch.arange(4)[None, :, None].expand(1, 4, 3)
+    for stop, expected in ((3, [3, 3, 3, 3]), (-1, [3, 0, 3, 0])):
+        made_RN = sample_RN
+        state = sampler.start(made_RN, levels_RN, coords_RN3, 4, torch.full_like(made_RN, stop))
+        for timestep in range(3, -1, -1):
+            where_RN = sampler.needs(state)
+            output = sampler.step(
+                logits_NV[where_RN[0]], timestep, made_RN, where=where_RN, state=state, generator=[generator()]
+            )
+            made_RN, state = output.prev_sample, output.state
+        assert made_RN[0].tolist() == expected
+
+
+def test_settings_survive_json():
+    sampler = MaskSampler(forced={0: 2, 3: 1}, forbidden=[5], guidance_scale={"text": 2.0}, canvas={"frames": 4})
+    again = MaskSampler.from_settings(json.loads(json.dumps(sampler.settings)), "x")
+    assert again.settings == sampler.settings
 
 
 def test_editing_replaces_what_the_model_has_come_to_doubt():
@@ -371,13 +414,27 @@ def test_editing_replaces_what_the_model_has_come_to_doubt():
         ({"remask": "cap", "eta": 0.1}, "remask 'cap' does not go with count 'cosine'"),
         ({"remask": "cap", "order": "random", "count": "ancestral"}, "remask 'cap' needs eta"),
         ({"order": "random", "count": "ancestral", "block_size": 4}, "count 'ancestral' .* block_size 4"),
+        ({"temperature": "hot"}, "temperature 'hot' must be a number"),
+        ({"temperature": math.nan}, "temperature nan must be a number"),
+        ({"top_k": 2.5}, "top_k 2.5 must be a whole number"),
+        ({"block_size": True}, "block_size True must be a whole number or 'level'"),
+        ({"forbidden": 5}, "forbidden 5 must be a list of whole numbers"),
+        ({"forced": [1]}, r"forced \[1\] must be a table of whole numbers"),
+        ({"canvas": 5}, "canvas 5 must be a table of whole numbers"),
+        ({"guidance_scale": "x"}, "guidance_scale 'x' must be a number or a table of numbers"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps 2.5 must be a whole number"),
+        ({"exponent": 0.5, "count": "power"}, "exponent 0.5 must be at least 1"),
+        (
+            {"count": "factor", "factor": 1.0, "guidance_scale": 2.0, "guidance_schedule": "linear"},
+            "count 'factor' does not go with guidance_schedule 'linear'",
+        ),
         ({"cache": "approximate_dual"}, "cache 'approximate_dual' does not go with block_size None"),
         (
             {"cache": "approximate_dual", "block_size": 4, "remask": "edit", "edit_threshold": 0.9},
             "cache .* remask 'edit'",
         ),
         ({"temperature": 0.0, "top_p": 0.9}, "temperature 0.0 does not go with top_p 0.9"),
-        ({"block_size": "row"}, "block_size 'row' must be a number of codes or 'level'"),
+        ({"block_size": "row"}, "block_size 'row' must be a whole number or 'level'"),
         ({"min_length": 3, "max_length": 2}, "min_length 3 is more than max_length 2"),
         ({"guidance_schedule": "linear"}, "guidance_schedule 'linear' needs guidance_scale"),
         ({"guidance_schedule": "sine", "guidance_scale": 2.0}, "guidance_schedule 'sine' must be"),

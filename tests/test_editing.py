@@ -78,6 +78,19 @@ class Scaled(Grid):
         )
 
 
+class Deep(Grid):
+    """A grid of two levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.codebook_sizes = (4, 4)
+
+    def canvas(self, height=None, width=None):
+        cells = super().canvas(height, width)
+        level_N = torch.arange(2).repeat(len(cells))
+        return type(cells)(torch.zeros_like(level_N), level_N, cells.coords_N3.repeat_interleave(2, 0), cells.size)
+
+
 def test_refine_makes_the_least_sure_codes_anew(pipe):
     first = pipe([[Given("note", [1, 2]), Blank("picture"), Blank("picture")]], generator=generator()).documents[0]
     parts = refine(first, share=0.25)
@@ -91,7 +104,11 @@ def test_refine_makes_the_least_sure_codes_anew(pipe):
         assert torch.equal(before.codes.ids_N[part.known_N], after.codes.ids_N[part.known_N])
     # What was kept this time has no probability of its own; the rest can be refined again.
     assert int(torch.cat([part.p_N for part in again[1:]]).isfinite().sum()) == 3
-    assert refine(again)
+    third = refine(again, share=1.0)
+    assert third[0].item == [1, 2]
+    for part, before in zip(third[1:], again[1:], strict=True):
+        assert torch.equal(part.codes.ids_N, before.codes.ids_N)
+        assert torch.equal(part.known_N, before.p_N.isnan())
 
 
 def test_bad_requests(pipe):
@@ -108,6 +125,7 @@ def test_bad_requests(pipe):
         (lambda: inpaint(pipe, "note", [1], mask), "'note' has no height and width"),
         (lambda: outpaint(pipe, "picture", [0] * 6), "nothing to add"),
         (lambda: outpaint(make({"picture": Scaled()}), "picture", [0] * 6, left=3), "left 3 must be a multiple of 4"),
+        (lambda: outpaint(make({"picture": Deep()}), "picture", [0] * 12, left=1), "several codes a cell"),
         (lambda: refine(document, 0), "share in"),
         (lambda: refine(document[:1]), "nothing of this document was made"),
     ]

@@ -84,6 +84,23 @@ def test_a_saved_state_goes_on_and_schedules_hold():
     assert all(torch.equal(net.state_dict()[name], weight) for name, weight in before.items())
 
 
+def test_copies_and_new_groups_are_stepped():
+    net = network()
+    optimizer = MuonAdamW(groups(net)[:2], lr=0.02)
+    optimizer.add_param_group({"params": [net[0].bias], "lr": 0.01})
+    other, again = copy.deepcopy((net, optimizer))
+    before = copy.deepcopy(net.state_dict())
+    train(net, [optimizer], 2)
+    train(other, [again], 2)
+    for name, weight in net.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name])
+        assert torch.equal(weight, before[name]) == (name == "1.bias")
+    again.param_groups[2]["lr"] = 0.0
+    before = other[0].bias.clone()
+    train(other, [again], 1)
+    assert torch.equal(before, other[0].bias)
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 def test_groups_must_be_told_apart(hidden):
     net = network()

@@ -402,11 +402,12 @@ def test_schedulers_of_diffusers_can_be_handed_in():
     documents = [
         [Given("note", [1, 2, 3]), Blank("picture"), Blank("speech", frames=5)],
         [known, Blank("speech", frames=2)],
-        [Blank("picture", height=3, width=4), Blank("note", frames=7)],
+        [Blank("picture", height=3, width=4), Blank("note", frames=2)],
     ]
     together = pipe(documents, generator=[generator(i) for i in range(3)], trace=True)
     for index, document in enumerate(documents):
         alone = pipe([document], generator=[generator(index)])
+        assert alone.nfe == together.nfe[index : index + 1]
         assert items(alone.documents) == [[part.item for part in together.documents[index]]]
     assert together.documents[1][0].codes.ids_N[[0, 3]].tolist() == [1, 4]
     # Greedy blocks of 4, two codes a step at the least, one block after the other.
@@ -527,3 +528,37 @@ def test_no_tensor_of_batch_by_length_by_vocabulary():
     asked = 5 * 16 * 700 * 2  # pictures, guided; notes are fewer
     assert largest.size <= max(weight, asked) + 1000
     assert max(weight, asked) < 5 * length * pipe.vocabulary.rows / 4
+
+
+@pytest.mark.parametrize("cache", ["none", "approximate_dual"])
+def test_guidance_of_another_document_changes_nothing(cache):
+    """Other documents may be guided by other conditions, for other steps."""
+    shared = {"count": "linear", "block_size": 3, "cache": cache, "guidance_schedule": "linear"}
+    tokenizers = {"picture": Grid(5, 2, 3), "note": Frames((6,))}
+    samplers = {
+        "picture": MaskSampler(num_inference_steps=6, guidance_scale=3.0, **shared),
+        "note": MaskSampler(num_inference_steps=12, guidance_scale={"picture": 4.0}, **shared),
+    }
+    pipe = make(tokenizers, samplers)
+    documents = [
+        [Given("picture", [0] * 6), Blank("note", frames=12)],
+        [Given("note", [1, 2]), Blank("picture")],
+        [Given("picture", [1] * 6), Blank("note", frames=4)],
+        [Blank("note", frames=7)],
+    ]
+    together = pipe(documents, generator=[generator(i) for i in range(4)], trace=True)
+    for index, document in enumerate(documents):
+        alone = pipe([document], generator=[generator(index)], trace=True)
+        assert alone.nfe == together.nfe[index : index + 1]
+        assert [decision[:4] for decision in alone.trace[0]] == [decision[:4] for decision in together.trace[index]]
+        ours, theirs = ([decision.p for decision in trace] for trace in (alone.trace[0], together.trace[index]))
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_max_length_leaves_an_infilled_span_alone():
+    pipe = make({"note": Frames((6,))}, {"note": MaskSampler(max_length=2)})
+    part = Partial("note", pipe.tokenizers["note"].encode([[1, 2, 3, 4]])[0], torch.tensor([True, True, False, True]))
+    (document,) = pipe([[part]], generator=generator()).documents
+    assert len(document[0].codes) == 4
+    (document,) = pipe([[Blank("note", frames=9)]], generator=generator()).documents
+    assert len(document[0].codes) <= 2

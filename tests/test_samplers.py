@@ -181,9 +181,10 @@ def test_guidance():
     assert guide(conditional, [(unconditional, 1.0)]).tolist() == conditional.tolist()
     assert guide(conditional, [(unconditional, 3.0)]).tolist() == [[-1.0, 2.0, -torch.inf]]
     assert guide(conditional, [(unconditional, 3.0), (torch.zeros(1, 3), 2.0)]).tolist() == [[-1.0, 3.0, -torch.inf]]
-    assert [scale_at(3.0, "linear", k, 3) for k in range(3)] == [1.0, 2.0, 3.0]
-    assert [scale_at(3.0, [0.25, 0.5], k, 4) for k in range(4)] == [1.0, 3.0, 3.0, 1.0]
-    assert scale_at(3.0, "constant", 0, 4) == 3.0
+    steps_R = torch.tensor([3, 1, 5])
+    assert [scale_at(3.0, "linear", k, steps_R).tolist() for k in range(3)] == [[1, 3, 1], [2, 3, 1.5], [3, 3, 2]]
+    assert [scale_at(3.0, [0.25, 0.5], k, torch.tensor([4])).tolist() for k in range(4)] == [[1], [3], [3], [1]]
+    assert scale_at(3.0, "constant", 0, steps_R).tolist() == [3, 3, 3]
 
 
 def test_settings_survive_and_bad_ones_are_named(tmp_path):

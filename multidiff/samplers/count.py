@@ -41,7 +41,7 @@ def _leaving(number: int, steps: int, share: Callable[[float], float]) -> list[i
     """
     decided, undecided = [], number
     for step in range(1, steps + 1):
-        kept = max(1, min(undecided - 1, math.floor(number * share(step / steps)))) if step < steps else 0
+        kept = max(1, min(undecided - 1, math.floor(number * share(step / steps) + 1e-9))) if step < steps else 0
         decided.append(undecided - kept)
         undecided = kept
     return decided

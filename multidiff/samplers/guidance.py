@@ -1,6 +1,6 @@
 """Classifier-free guidance: the condition masked is the null.
 
-Shape suffixes: M positions, V local ids.
+Shape suffixes: M positions, V local ids, R rows.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 
-def guide(conditional_MV: Tensor, nulls: Sequence[tuple[Tensor, float]]) -> Tensor:
+def guide(conditional_MV: Tensor, nulls: Sequence[tuple[Tensor, Tensor | float]]) -> Tensor:
     """c + Σ (sᵢ - 1)(c - uᵢ) on log-probabilities up to a constant; with one null that is u + s (c - u).
 
     Ho & Salimans 2022, arXiv 2207.12598, eq. 6 with s = 1 + w; Schiff et al. 2024, arXiv 2412.10193, for discrete
-    diffusion; Liu et al. 2022, arXiv 2206.01714, eq. 11 for several conditions. s = 1 is the conditional model, as in
-    diffusers.
+    diffusion. With several conditions each null leaves out one of them (Liu et al. 2022, arXiv 2206.01714, eq. 11,
+    instead adds conditions one by one to a model that sees none). s = 1 is the conditional model, as in diffusers.
 
     Args:
-        nulls: logits uᵢ of the model that does not see condition i, and sᵢ.
+        nulls: logits uᵢ of the model that does not see condition i, and sᵢ, a number or one for each position, [M, 1].
     """
     guided_MV = conditional_MV
     for null_MV, scale in nulls:
@@ -27,15 +27,18 @@ def guide(conditional_MV: Tensor, nulls: Sequence[tuple[Tensor, float]]) -> Tens
     return guided_MV.masked_fill(torch.isneginf(conditional_MV), -torch.inf)  # impossible stays impossible
 
 
-def scale_at(scale: float, schedule: str | Sequence[float], step: int, steps: int) -> float:
-    """The scale at step k of K, after "constant", "linear" (Chang et al. 2023, Muse, arXiv 2301.00704, section 2.7), or
-    an interval of the share k/K (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
+def scale_at(scale: float, schedule: str | Sequence[float], step: int, steps_R: Tensor) -> Tensor:
+    """scale_R at step k of each row's K, after "constant", "linear" (Chang et al. 2023, Muse, arXiv 2301.00704,
+    section 2.7), or an interval of the share k/K (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
+    whole_R = torch.full(steps_R.shape, float(scale), dtype=torch.float64, device=steps_R.device)
     if schedule == "constant":
-        return scale
+        return whole_R
     if schedule == "linear":
-        return 1 + (scale - 1) * (step / (steps - 1) if steps > 1 else 1.0)
+        share_R = torch.where(steps_R > 1, step / (steps_R - 1).clamp_min(1).double(), 1.0).clamp_max(1)
+        return 1 + (scale - 1) * share_R
     first, last = schedule
-    return scale if float(first) <= step / steps <= float(last) else 1.0
+    share_R = step / steps_R.double()
+    return torch.where((share_R >= float(first)) & (share_R <= float(last)), whole_R, 1.0)
 
 
 def check_guidance(scale: float | Mapping[str, float], schedule: str | Sequence[float]) -> None:

@@ -1,6 +1,7 @@
 """Order: a score for each undecided position; the highest are decided first, ties by position.
 
-Some orders follow what the model thinks of the positions, others where they stand.
+Some orders follow what the model thinks of the positions, others where they stand: coordinates, and how far those of
+the segment extend on each axis.
 
 Shape suffixes: M positions, N columns of one row, 3 axes.
 """
@@ -45,28 +46,31 @@ BY_MODEL: dict[str, Callable[[Choice, Tensor], Tensor]] = {
 }
 
 
-def left_to_right(coords_N3: Tensor) -> Tensor:
+def left_to_right(coords_N3: Tensor, extent_N3: Tensor) -> Tensor:
     """As the codes follow each other in time or text."""
-    if not bool(coords_N3[:, 0].any()) and bool(coords_N3.any()):
+    if not bool(coords_N3[:, 0].any()) and bool(coords_N3[:, 2].any()):
         raise ValueError("order 'left_to_right' needs codes in a line, but these stand on a grid: use order 'row_scan'")
     return torch.arange(len(coords_N3))
 
 
-def row_scan(coords_N3: Tensor) -> Tensor:
+def row_scan(coords_N3: Tensor, extent_N3: Tensor) -> Tensor:
     """Row by row, each from left to right."""
     _must_be_grid("row_scan", coords_N3)
     return torch.arange(len(coords_N3))
 
 
-def halton(coords_N3: Tensor) -> Tensor:
+def halton(coords_N3: Tensor, extent_N3: Tensor) -> Tensor:
     """As the points of the Halton sequence of bases 2 and 3 fall on the grid, which spreads each step's cells evenly
     (Besnier et al. 2025, arXiv 2503.17076)."""
     _must_be_grid("halton", coords_N3)
-    height, width = (int(coords_N3[:, axis].max()) + 1 for axis in (1, 2))
-    return torch.from_numpy(halton_ranks(height, width))[coords_N3[:, 1], coords_N3[:, 2]]
+    rank_N = torch.empty(len(coords_N3), dtype=torch.int64)
+    for height, width in extent_N3[:, 1:].unique(dim=0).tolist():
+        here_N = (extent_N3[:, 1] == height) & (extent_N3[:, 2] == width)
+        rank_N[here_N] = torch.from_numpy(halton_ranks(height, width))[coords_N3[here_N, 1], coords_N3[here_N, 2]]
+    return rank_N
 
 
-BY_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+BY_PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "left_to_right": left_to_right,
     "row_scan": row_scan,
     "halton": halton,

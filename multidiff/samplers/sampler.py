@@ -8,7 +8,8 @@ Shape suffixes: R rows, N columns, K steps, M = positions of `where_RN`, row by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -107,9 +108,10 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         draw: "inverse" inverts the cumulative distribution at one number a position; "gumbel" adds one Gumbel variable
             a token. The same distribution; the first is faster, the second is LLaDA's.
         forbidden: local ids that are never drawn.
-        forced: local id by place among the codes to fill in, from 0.
+        forced: local id by place among the codes to fill in, from 0, through all segments of the tokenizer.
         min_length, max_length: of content whose length varies, in its unit (tokens, frames).
-        repetition_penalty: multiplies the log-probability of ids that the row holds already; 1 is none.
+        repetition_penalty: multiplies the log-probability of ids that this run has decided in the document, level by
+            level; 1 is none.
         num_inference_steps: K, where a run does not say; None is 16, or as many as an adaptive count takes.
         guidance_scale: of classifier-free guidance, where a run does not say; 1 is none. One for all given segments,
             or {tokenizer: scale}, each with that tokenizer's given segments masked.
@@ -170,6 +172,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
                 raise ValueError(f"{where}: no sampler setting is called {key!r}; {hint}")
         try:
+            if isinstance(settings.get("forced"), Mapping):  # JSON has no keys but text
+                settings = {**settings, "forced": {int(place): token for place, token in settings["forced"].items()}}
             return cls(**settings)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
@@ -190,6 +194,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         coords_RN3: Tensor,
         num_inference_steps: int | None = None,
         stop_RN: Tensor | None = None,
+        extent_RN3: Tensor | None = None,
     ) -> State:
         """The state before the first step; V is read off `sample_RN`, where every position is V or -1.
 
@@ -197,6 +202,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             sample_RN, levels_RN, coords_RN3: ids, levels and coordinates.
             num_inference_steps: K; None takes the settings'.
             stop_RN: see `State`; None where length does not vary.
+            extent_RN3: how far the coordinates of each position's segment extend; None takes those of the row.
 
         Raises:
             ValueError: settings that do not fit these positions.
@@ -204,8 +210,10 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         settings = self.config
         undecided_RN = sample_RN >= 0
         mask_token_id = int(sample_RN.max())
-        _check_ids(settings, mask_token_id, ends=stop_RN is not None)
         numbers = undecided_RN.sum(1).tolist()
+        _check_ids(settings, mask_token_id, max(numbers), ends=stop_RN is not None)
+        if extent_RN3 is None:
+            extent_RN3 = (coords_RN3.amax(1, keepdim=True) + 1).expand_as(coords_RN3)
         block_RN = _blocks(settings["block_size"], undecided_RN, levels_RN)
         steps = num_inference_steps or settings["num_inference_steps"] or STEPS
         plans: list[list[int]] = [[] for _ in numbers]
@@ -219,7 +227,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         place_RN = torch.zeros(sample_RN.shape, dtype=torch.float64)
         if settings["order"] in BY_PLACE:
             for row, number in enumerate(numbers):
-                place_RN[row, :number] = -BY_PLACE[settings["order"]](coords_RN3[row, :number].cpu()).double()
+                rank_N = BY_PLACE[settings["order"]](coords_RN3[row, :number].cpu(), extent_RN3[row, :number].cpu())
+                place_RN[row, :number] = -rank_N.double()
         device = sample_RN.device
         return State(
             steps=steps,
@@ -317,9 +326,12 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         """Logits with -inf at ids that the settings rule out."""
         settings = self.config
         if settings["repetition_penalty"] != 1:
-            held_RV = torch.zeros(len(sample_RN), state.mask_token_id + 1, dtype=torch.bool, device=sample_RN.device)
-            held_RV.scatter_(1, sample_RN.where(sample_RN >= 0, state.mask_token_id), True)
-            held_MV = held_RV[where.nonzero()[:, 0], :-1]
+            # By level and id; stops in the room behind the content are no repetition.
+            size, levels = state.mask_token_id + 1, int(state.levels_RN.max()) + 1
+            held_RX = torch.zeros(len(sample_RN), levels * size, dtype=torch.bool, device=sample_RN.device)
+            counts_RN = (sample_RN >= 0) & (sample_RN != state.stop_RN)
+            held_RX.scatter_(1, state.levels_RN * size + sample_RN.where(counts_RN, state.mask_token_id), True)
+            held_MV = held_RX.view(-1, levels, size)[where.nonzero()[:, 0], state.levels_RN[where], :-1]
             log_p_MV = torch.log_softmax(logits_MV, -1)
             logits_MV = torch.where(held_MV, log_p_MV * settings["repetition_penalty"], log_p_MV)
         if settings["forbidden"]:
@@ -332,13 +344,16 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             too_soon_MV = stop_MV & (length_M1 < (settings["min_length"] or 0))
             must_M1 = torch.zeros_like(length_M1, dtype=torch.bool)
             if settings["max_length"] is not None:
-                must_M1 = length_M1 >= settings["max_length"]
+                must_M1 = (length_M1 >= settings["max_length"]) & (state.stop_RN[where] >= 0)[:, None]
             logits_MV = logits_MV.masked_fill(too_soon_MV | (must_M1 & ~stop_MV), -torch.inf)
         for place, token in (settings["forced"] or {}).items():
             column_M = where.nonzero()[:, 1]
-            only_V = torch.full_like(logits_MV[:1], -torch.inf)
-            only_V[:, token] = 0.0
-            logits_MV = torch.where((column_M == int(place))[:, None], only_V, logits_MV)
+            others_V = torch.arange(logits_MV.shape[1], device=logits_MV.device) != token
+            logits_MV = logits_MV.masked_fill((column_M == int(place))[:, None] & others_V, -torch.inf)
+        rules = ("forbidden", "forced", "min_length", "max_length")
+        if any(settings[rule] is not None for rule in rules) and bool(logits_MV.isneginf().all(-1).any()):
+            said = ", ".join(f"{rule} {settings[rule]}" for rule in rules if settings[rule] is not None)
+            raise ValueError(f"nothing is left to draw at a position: change {said}")
         return logits_MV
 
     def _score(self, index: int, choice: Choice, uniform_M: Tensor, where: Tensor, state: State) -> Tensor:
@@ -399,7 +414,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
 
 
 def _blocks(size: int | str | None, undecided_RN: Tensor, levels_RN: Tensor) -> Tensor:
-    """block_RN, -1 at padding; a row's blocks are numbered from 0 without gaps."""
+    """block_RN, -1 at padding."""
     if size is None:
         block_RN = torch.zeros_like(levels_RN)
     elif size == "level":
@@ -448,6 +463,7 @@ def _check(settings: dict[str, Any]) -> None:
     for name, known in choices.items():
         if settings[name] not in known:
             raise ValueError(f"{name} {settings[name]!r} must be one of {', '.join(known)}")
+    _check_types(settings)
     _check_ranges(settings)
     # A setting that belongs to one value of another.
     owners = {
@@ -473,6 +489,8 @@ def _check(settings: dict[str, Any]) -> None:
         ("count", "level_penalty"): count in (*ADAPTIVE, "ancestral") and settings["level_penalty"] > 0,
         ("count", "num_inference_steps"): count in ADAPTIVE and settings["num_inference_steps"] is not None,
         ("count", "block_size"): count == "ancestral" and settings["block_size"] is not None,
+        ("count", "guidance_schedule"): count in ADAPTIVE and settings["guidance_schedule"] != "constant",
+        ("remask", "repetition_penalty"): remask == "edit" and settings["repetition_penalty"] != 1,
         ("remask", "count"): remask in POSTERIOR and count != "ancestral",
         ("cache", "remask"): settings["cache"] != "none" and remask != "none",
         ("cache", "block_size"): settings["cache"] != "none" and settings["block_size"] is None,
@@ -487,24 +505,58 @@ def _check(settings: dict[str, Any]) -> None:
     check_guidance(settings["guidance_scale"], settings["guidance_schedule"])
 
 
+def _check_types(settings: dict[str, Any]) -> None:
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    def whole_numbers(value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(map(whole, value))
+
+    def table(value: Any, of: Callable[[Any], bool]) -> bool:
+        return isinstance(value, Mapping) and all(map(of, value.values()))
+
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(
+            ("temperature", "order_temperature", "level_penalty", "exponent", *ADAPTIVE), ("a number", number)
+        ),
+        **dict.fromkeys(("top_p", "typical_p", "eta", "edit_threshold", "repetition_penalty"), ("a number", number)),
+        **dict.fromkeys(("top_k", "min_length", "max_length", "num_inference_steps"), ("a whole number", whole)),
+        "block_size": ("a whole number or 'level'", lambda value: value == "level" or whole(value)),
+        "loop": ("three numbers", lambda value: len(value) == 3 and all(map(number, value))),
+        "forbidden": ("a list of whole numbers", whole_numbers),
+        "forced": ("a table of whole numbers", lambda value: table(value, whole)),
+        "canvas": ("a table of whole numbers", lambda value: table(value, whole)),
+        "guidance_scale": ("a number or a table of numbers", lambda value: number(value) or table(value, number)),
+    }
+    optional = {"temperature", "order_temperature", "level_penalty", "top_p", "typical_p", "repetition_penalty"}
+    for name, (kind, fits) in kinds.items():
+        value = settings[name]
+        if value is None and name not in optional | {"guidance_scale"}:
+            continue
+        if not fits(value):
+            raise ValueError(f"{name} {value!r} must be {kind}")
+
+
 def _check_ranges(settings: dict[str, Any]) -> None:
     at_least = {
         **dict.fromkeys(("temperature", "order_temperature", "level_penalty", "factor", "entropy_bound"), 0),
         **dict.fromkeys(("min_length", "max_length"), 0),
-        **dict.fromkeys(("num_inference_steps", "top_k"), 1),
+        **dict.fromkeys(("num_inference_steps", "top_k", "exponent"), 1),
     }
     for name, least in at_least.items():
         if settings[name] is not None and settings[name] < least:
             raise ValueError(f"{name} {settings[name]} must be at least {least}")
-    for name in ("top_p", "typical_p", "exponent", "repetition_penalty"):
+    for name in ("top_p", "typical_p", "repetition_penalty"):
         if settings[name] is not None and settings[name] <= 0:
             raise ValueError(f"{name} {settings[name]} must be more than 0")
     for name in ("top_p", "typical_p", "threshold", "eta", "edit_threshold"):
         if settings[name] is not None and not 0 <= settings[name] <= 1:
             raise ValueError(f"{name} {settings[name]} must be at most 1")
-    size = settings["block_size"]
-    if not (size is None or size == "level" or (isinstance(size, int) and size >= 1)):
-        raise ValueError(f"block_size {size!r} must be a number of codes or 'level'")
+    if settings["block_size"] not in (None, "level") and settings["block_size"] < 1:
+        raise ValueError(f"block_size {settings['block_size']} must be at least 1")
     if settings["loop"] is not None:
         t_on, t_off, plateau = settings["loop"]
         if not (0 < t_off < t_on < 1 and 0 < plateau < 1):
@@ -516,7 +568,7 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise ValueError(f"min_length {least} is more than max_length {most}")
 
 
-def _check_ids(settings: Mapping[str, Any], size: int, *, ends: bool) -> None:
+def _check_ids(settings: Mapping[str, Any], size: int, number: int, *, ends: bool) -> None:
     forbidden, forced = set(settings["forbidden"] or ()), settings["forced"] or {}
     for name, ids in (("forbidden", forbidden), ("forced", forced.values())):
         for token in ids:
@@ -525,6 +577,8 @@ def _check_ids(settings: Mapping[str, Any], size: int, *, ends: bool) -> None:
     if len(forbidden) == size:
         raise ValueError(f"forbidden leaves none of the {size} codes to draw, which temperature and top_p choose from")
     for place, token in forced.items():
+        if not 0 <= int(place) < number:
+            raise ValueError(f"forced: place {place} is none of the {number} codes to fill in, 0 to {number - 1}")
         if token in forbidden:
             raise ValueError(f"forced wants code {token} at place {place}, which forbidden rules out")
     for name in ("min_length", "max_length"):

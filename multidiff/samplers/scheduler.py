@@ -22,11 +22,11 @@ class SchedulerState(State):
     """`State`, with what diffusers keeps in the scheduler itself.
 
     Attributes:
-        scheduler: a copy for this run; its mask token is V.
+        schedulers: a copy for each row; the mask token is V.
         round_R: how many steps each row has spent in its block.
     """
 
-    scheduler: AmusedScheduler | BlockRefinementScheduler
+    schedulers: tuple[AmusedScheduler | BlockRefinementScheduler, ...]
     round_R: tuple[int, ...]
 
 
@@ -52,28 +52,30 @@ class SchedulerSampler(MaskSampler):
         coords_RN3: Tensor,
         num_inference_steps: int | None = None,
         stop_RN: Tensor | None = None,
+        extent_RN3: Tensor | None = None,
     ) -> SchedulerState:
-        state = super().start(sample_RN, levels_RN, coords_RN3, num_inference_steps, stop_RN)
-        width = sample_RN.shape[1]
+        state = super().start(sample_RN, levels_RN, coords_RN3, num_inference_steps, stop_RN, extent_RN3)
+        schedulers, block_RN, steps = [], state.block_RN, num_inference_steps or STEPS
         if isinstance(self.scheduler, BlockRefinementScheduler):
-            scheduler = copy.deepcopy(self.scheduler)
-            each = num_inference_steps or scheduler.config["num_inference_steps"]
-            size = min(scheduler.config["block_length"], width)
-            scheduler.set_timesteps(each, block_length=size)
-            block_RN = torch.arange(width, device=sample_RN.device).expand_as(sample_RN) // size
-            block_RN = block_RN.masked_fill(sample_RN < 0, -1)
+            each = num_inference_steps or self.scheduler.config["num_inference_steps"]
+            column_N, block_RN = torch.arange(sample_RN.shape[1], device=sample_RN.device), state.block_RN.clone()
+            for row, number in enumerate((sample_RN >= 0).sum(1).tolist()):
+                size = min(self.scheduler.config["block_length"], number)
+                schedulers.append(copy.deepcopy(self.scheduler))
+                schedulers[-1].set_timesteps(each, block_length=size)
+                block_RN[row, :number] = column_N[:number] // size
             steps = each * (int(block_RN.max()) + 1)
         else:
-            scheduler = AmusedScheduler(state.mask_token_id, self.scheduler.config["masking_schedule"])
-            steps, block_RN = num_inference_steps or STEPS, state.block_RN
-            scheduler.set_timesteps(steps)
+            for _ in sample_RN:
+                schedulers.append(AmusedScheduler(state.mask_token_id, self.scheduler.config["masking_schedule"]))
+                schedulers[-1].set_timesteps(steps)
         changed = replace(state, steps=steps, block_RN=block_RN)
-        return SchedulerState(**vars(changed), scheduler=scheduler, round_R=(0,) * len(sample_RN))
+        return SchedulerState(**vars(changed), schedulers=tuple(schedulers), round_R=(0,) * len(sample_RN))
 
     def needs(self, state: State) -> Tensor:
         assert isinstance(state, SchedulerState)
         where_RN = super().needs(state)
-        if (state.scheduler.config.get("editing_threshold") or 0) > 0:
+        if (self.scheduler.config.get("editing_threshold") or 0) > 0:
             current_R1 = state.block_RN.where(where_RN, -2).amax(1, keepdim=True)
             where_RN = where_RN | (state.block_RN == current_R1)
         return where_RN
@@ -105,8 +107,9 @@ class SchedulerSampler(MaskSampler):
             logits_NV[asked_N] = logits_MV
             before_N = sample_RN[row, column_N]
             before_1N = cast("torch.LongTensor", before_N[None])
-            if isinstance(state.scheduler, BlockRefinementScheduler):
-                after_1N = state.scheduler.step(
+            scheduler = state.schedulers[row]
+            if isinstance(scheduler, BlockRefinementScheduler):
+                after_1N = scheduler.step(
                     logits_NV[None],
                     rounds[row],
                     before_1N,
@@ -117,7 +120,7 @@ class SchedulerSampler(MaskSampler):
                 undecided = bool((after_1N == state.mask_token_id).any())
                 rounds[row] = rounds[row] + 1 if undecided else 0
             else:
-                after_1N = state.scheduler.step(
+                after_1N = scheduler.step(
                     logits_NV[None], timestep, before_1N, generator=generator[row], return_dict=False
                 )[0]
             sample_RN[row, column_N] = after_1N[0]
