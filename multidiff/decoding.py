@@ -289,10 +289,10 @@ class Decoder:
         """The documents that need logits, and the conditions whose nulls they need."""
         asked: dict[int, set[str]] = {}
         for run, where_RN in active:
+            guides = {key: (scale_R != 1).tolist() for key, scale_R in scales[run.name].items()}
             for row in torch.nonzero(where_RN.any(1)).flatten().tolist():
-                document = run.documents[row]
-                keys = {key for key, scale_R in scales[run.name].items() if float(scale_R[row]) != 1}
-                asked[document] = asked.get(document, set()) | keys
+                keys = {key for key, of_row in guides.items() if of_row[row]}
+                asked[run.documents[row]] = asked.get(run.documents[row], set()) | keys
         return asked
 
     def _decide(self, run: Run, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, Tensor]) -> None:
