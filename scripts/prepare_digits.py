@@ -6,8 +6,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo.digits import prepare
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -16,6 +14,9 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=10_000, help="pictures, 20 to 10000")
     parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
     arguments = parser.parse_args()
+    # Here, not above: every process that speaks imports this file anew, and needs no torch.
+    from demo.digits import prepare
+
     try:
         print(prepare(arguments.output, seed=arguments.seed, num=arguments.num, force=arguments.force))
     except ValueError as error:
