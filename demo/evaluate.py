@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands=commands.read_text(encoding="utf-8").splitlines() if commands.is_file() else [],
         settings={
             "transformer": {key: value for key, value in pipeline.transformer.config.items() if key[0] != "_"},
-            "samplers": {name: sampler.settings for name, sampler in pipeline.samplers.items()},
+            "samplers": {
+                name: {key: value for key, value in sampler.settings.items() if value is not None}
+                for name, sampler in pipeline.samplers.items()
+            },
             "training": training,
         },
         **sampling,

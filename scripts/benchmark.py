@@ -127,13 +127,12 @@ def _plain(model: Any, vocabulary: Any, batch: Any, steps: int, measured: int) -
     for _ in range(measured):
         queries = [(everywhere, (0, vocabulary.rows))]
         (logits_PV,) = model(ids_BL, batch.positions_BL3, batch.document_BL, queries, batch.coords_BL3)
-        logits_BLV = logits_PV.view(*ids_BL.shape, -1)
-        noise_BLV = torch.rand(logits_BLV.shape, dtype=torch.float64, generator=generator, device=ids_BL.device)
-        token_BL = (logits_BLV.double().exp() / -noise_BLV.log()).argmax(-1)
-        p_BL = torch.softmax(logits_BLV, -1).gather(-1, token_BL[..., None])[..., 0]
-        confidence_BL = p_BL.masked_fill(ids_BL != MASK, -torch.inf)
-        for row, place_N in enumerate(confidence_BL.topk(number, dim=1).indices):
-            ids_BL[row, place_N] = token_BL[row, place_N]
+        for row, logits_LV in enumerate(logits_PV.view(*ids_BL.shape, -1)):  # row by row, or it would not fit in memory
+            noise_LV = torch.rand(logits_LV.shape, dtype=torch.float64, generator=generator, device=ids_BL.device)
+            token_L = logits_LV.double().exp_().div_(noise_LV.log_().neg_()).argmax(-1)
+            p_L = torch.softmax(logits_LV, -1).gather(-1, token_L[:, None])[:, 0]
+            place_N = p_L.masked_fill(ids_BL[row] != MASK, -torch.inf).topk(number).indices
+            ids_BL[row, place_N] = token_L[place_N]
     _wait()
     return (time.perf_counter() - begun) * steps / measured
 
