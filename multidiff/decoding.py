@@ -79,11 +79,6 @@ class Run:
         adaptive = self.sampler.config["count"] in ADAPTIVE
         return step >= self.state.steps or (adaptive and not bool(self.state.undecided_RN.any()))
 
-    def scales_at(self, step: int) -> dict[str, Tensor]:
-        """scale_R of each condition, by tokenizer."""
-        schedule = self.sampler.config["guidance_schedule"]
-        return {key: scale_at(scale, schedule, step, self.state.steps_R) for key, scale in self.scales.items()}
-
 
 def gather(
     batch: TokenBatch,
@@ -277,8 +272,9 @@ class Decoder:
 
     def _scales(self, run: Run, step: int) -> dict[str, Tensor]:
         """scale_R of each condition; 1 where the document gives none."""
-        scales = {}
-        for key, scale_R in run.scales_at(step).items():
+        scales, schedule = {}, run.sampler.config["guidance_schedule"]
+        for key, scale in run.scales.items():
+            scale_R = scale_at(scale, schedule, step, run.state.steps_R)
             guided = [document in self._guided.get(key, ()) for document in run.documents]
             scales[key] = torch.where(torch.tensor(guided, device=scale_R.device), scale_R, 1.0)
         return scales

@@ -15,62 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from multidiff import Blank, Codes, Given, MaskedDiffusionTransformer, MaskSampler, ModalityTokenizer, MultiDiffPipeline
+from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline
 from multidiff.decoding import Decoder, gather
 from multidiff.seeding import generator_for
-from multidiff.sequence import Sequencer
-from multidiff.vocabulary import MASK, SharedVocabulary
-
-
-class Line(ModalityTokenizer):
-    """Codes in a line, of which only the number matters."""
-
-    modality = "line"
-    variable_length = False
-
-    def __init__(self, size: int):
-        self.codebook_sizes = (size,)
-
-    def canvas(self, length: int = 1) -> Codes:
-        place_N = torch.arange(length)
-        zero_N = torch.zeros_like(place_N)
-        return Codes(zero_N, zero_N, place_N[:, None].expand(-1, 3), {"length": length})
-
-    def encode(self, items: Any) -> list[Codes]:
-        return [self.canvas(len(item)) for item in items]
-
-    def decode(self, codes: Any) -> list[list[int]]:
-        return [code.ids_N.tolist() for code in codes]
-
-    @property
-    def fingerprint(self) -> str:
-        return f"line {self.codebook_sizes}"
-
-    def read(self, value: Any, folder: Path) -> Any:
-        raise NotImplementedError("a benchmark reads nothing")
-
-    def write(self, item: Any, stem: Path) -> Path:
-        raise NotImplementedError("a benchmark writes nothing")
-
-    def preview(self, item: Any) -> Any:
-        raise NotImplementedError("a benchmark shows nothing")
-
-    def examples(self) -> list[Any]:
-        return [[0]]
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError("a benchmark saves nothing")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Line":
-        raise NotImplementedError("a benchmark loads nothing")
+from multidiff.sequence import Segment, Sequencer, TokenBatch
+from multidiff.vocabulary import MASK, SharedVocabulary, TokenizerLayout
 
 
 def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of this project's loop and of the plain one, at the same number of forward passes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizers = {"given": Line(arguments.vocabulary - arguments.span - 8), "target": Line(arguments.span)}
-    vocabulary = SharedVocabulary.of(tokenizers)
+    sizes = {"given": arguments.vocabulary - arguments.span - 8, "target": arguments.span}
+    layouts = {name: TokenizerLayout(None, "line", (size,), False, name) for name, size in sizes.items()}
+    vocabulary = SharedVocabulary(layouts)
     model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=384, num_layers=6, num_heads=6)
     model.initialize(generator_for(0))
     model.eval().to(device)
@@ -81,7 +38,7 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     cases = [(256, 256, 64, settings, "ours"), (1024, 256, 256, {**settings, **blocks}, "ours, blocks and dual cache")]
     for target, known, steps, options, name in cases:
         for size in arguments.batch:
-            batch = _documents(vocabulary, tokenizers, size, known, target).to(device)
+            batch = _documents(vocabulary, size, known, target).to(device)
             _ours(model, vocabulary, batch, MaskSampler(**options), steps, most=2)  # warm up
             seconds = _ours(model, vocabulary, batch, MaskSampler(**options), steps)
             _plain(model, vocabulary, batch, steps, 1)  # warm up
@@ -93,10 +50,16 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _documents(vocabulary: SharedVocabulary, tokenizers: Any, size: int, known: int, target: int) -> Any:
-    sequencer = Sequencer(tokenizers, vocabulary)
-    given = sequencer.given("given", tokenizers["given"].canvas(known))
-    return sequencer.batch([[given, sequencer.blank("target", {"length": target})]] * size)
+def _documents(vocabulary: SharedVocabulary, size: int, known: int, target: int) -> TokenBatch:
+    """Documents of `known` given codes and `target` ones to fill in."""
+    document = []
+    for name, length in (("given", known), ("target", target)):
+        zero_N, place_N = torch.zeros(length, dtype=torch.int64), torch.arange(length)
+        known_N = torch.full((length,), name == "given")
+        document.append(
+            Segment(name, zero_N, zero_N, place_N[:, None].expand(-1, 3), known_N, length, {"length": length})
+        )
+    return Sequencer({}, vocabulary).batch([document] * size)
 
 
 @torch.no_grad()

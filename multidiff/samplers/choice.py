@@ -84,13 +84,17 @@ def choose(
         entropy_M1 = torch.special.entr(p_MV).sum(-1, keepdim=True)
         p_MV = _renormalised(_smallest_set(p_MV, (-p_MV.log() - entropy_M1).abs(), typical_p))
     if uniform.dim() == 2:
-        gumbel_MV = -(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()
-        return Choice((p_MV.log() + gumbel_MV).argmax(dim=-1), log_p_MV)
+        return Choice((p_MV.log() + gumbel(uniform)).argmax(dim=-1), log_p_MV)
     cumulative_MV = p_MV.cumsum(dim=-1)
     total_M1 = cumulative_MV[:, -1:]
     # `right`, and below the total even after rounding: a token of probability 0 is never drawn.
     point_M1 = torch.minimum(uniform[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
     return Choice(torch.searchsorted(cumulative_MV, point_M1, right=True).squeeze(-1), log_p_MV)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel variables, -log(-log u), of uniform ones in [0, 1), float64."""
+    return -(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()
 
 
 def _smallest_set(p_MV: Tensor, key_MV: Tensor, mass: float) -> Tensor:

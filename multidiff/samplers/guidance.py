@@ -43,10 +43,10 @@ def scale_at(scale: float, schedule: str | Sequence[float], step: int, steps_R: 
 
 def check_guidance(scale: float | Mapping[str, float], schedule: str | Sequence[float]) -> None:
     """Raises a ValueError for a schedule that is none, or that has no scale to follow."""
-    if schedule in ("constant", "linear"):
-        known = True
+    if isinstance(schedule, str):
+        known = schedule in ("constant", "linear")
     else:
-        known = not isinstance(schedule, str) and len(schedule) == 2 and 0 <= schedule[0] < schedule[1] <= 1
+        known = isinstance(schedule, Sequence) and len(schedule) == 2 and 0 <= schedule[0] < schedule[1] <= 1
     if not known:
         raise ValueError(f"guidance_schedule {schedule!r} must be constant, linear or [first, last] within [0, 1]")
     scales = scale.values() if isinstance(scale, Mapping) else (scale,)

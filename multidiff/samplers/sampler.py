@@ -8,8 +8,7 @@ Shape suffixes: R rows, N columns, K steps, M = positions of `where_RN`, row by 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -21,14 +20,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from multidiff.samplers.choice import Choice, choose
+from multidiff.samplers.check import check_ids, check_settings
+from multidiff.samplers.choice import Choice, choose, gumbel
 from multidiff.samplers.count import ADAPTIVE, SCHEDULES
-from multidiff.samplers.guidance import check_guidance
 from multidiff.samplers.order import BY_MODEL, BY_PLACE
-from multidiff.samplers.remask import POSTERIOR, REMASKS, alphas, sigma
+from multidiff.samplers.remask import POSTERIOR, alphas, sigma
 
 STEPS = 16  # where nothing says
-CACHES = ("none", "approximate_prefix", "approximate_dual")
 _LOOP = (0.55, 0.05, 0.9)  # ReMDM's own
 
 
@@ -155,7 +153,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         guidance_schedule: str | Sequence[float] = "constant",
         canvas: dict[str, int] | None = None,
     ):
-        _check(dict(self.config))
+        check_settings(dict(self.config))
         self.set_timesteps(num_inference_steps or STEPS)
 
     @classmethod
@@ -211,7 +209,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         undecided_RN = sample_RN >= 0
         mask_token_id = int(sample_RN.max())
         numbers = undecided_RN.sum(1).tolist()
-        _check_ids(settings, mask_token_id, max(numbers), ends=stop_RN is not None)
+        check_ids(settings, mask_token_id, max(numbers), ends=stop_RN is not None)
         if extent_RN3 is None:
             extent_RN3 = (coords_RN3.amax(1, keepdim=True) + 1).expand_as(coords_RN3)
         block_RN = _blocks(settings["block_size"], undecided_RN, levels_RN)
@@ -364,8 +362,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             score_M = BY_MODEL[settings["order"]](choice, uniform_M)
         if settings["order_temperature"]:
             left_R = (1 - (index + 1) / state.steps_R.double()).clamp_min(0)
-            gumbel_M = -(-uniform_M.clamp_min(1e-300).log()).log()
-            score_M = score_M + settings["order_temperature"] * left_R[:, None].expand(where.shape)[where] * gumbel_M
+            noise_M = settings["order_temperature"] * left_R[:, None].expand(where.shape)[where]
+            score_M = score_M + noise_M * gumbel(uniform_M)
         if settings["level_penalty"]:
             score_M = score_M - settings["level_penalty"] * state.levels_RN[where]
         return torch.full(where.shape, -torch.inf, dtype=torch.float64, device=where.device).masked_scatter(
@@ -452,135 +450,3 @@ def _highest(score_RN: Tensor, count_R: Tensor) -> Tensor:
     rank_RN = torch.empty_like(order_RN)
     columns_RN = torch.arange(order_RN.shape[1], device=order_RN.device).expand_as(order_RN)
     return rank_RN.scatter(1, order_RN, columns_RN) < count_R[:, None]
-
-
-def _check(settings: dict[str, Any]) -> None:
-    """Raises a ValueError that names what is out of range, or the two settings that do not go together."""
-    order, count, remask = settings["order"], settings["count"], settings["remask"]
-    counts = (*SCHEDULES, *ADAPTIVE, "ancestral")
-    orders = (*BY_MODEL, *BY_PLACE)
-    choices = {"order": orders, "count": counts, "remask": REMASKS, "draw": ("inverse", "gumbel"), "cache": CACHES}
-    for name, known in choices.items():
-        if settings[name] not in known:
-            raise ValueError(f"{name} {settings[name]!r} must be one of {', '.join(known)}")
-    _check_types(settings)
-    _check_ranges(settings)
-    # A setting that belongs to one value of another.
-    owners = {
-        "exponent": ("count", ("power",)),
-        **{name: ("count", (name,)) for name in ADAPTIVE},
-        "eta": ("remask", ("cap", "rescale", "loop")),
-        "loop": ("remask", ("loop",)),
-        "edit_threshold": ("remask", ("edit",)),
-    }
-    for name, (owner, values) in owners.items():
-        if settings[name] is not None and settings[owner] not in values:
-            raise ValueError(
-                f"{name} {settings[name]} goes with {owner} {' or '.join(values)}, not {settings[owner]!r}"
-            )
-        if settings[name] is None and settings[owner] in values and name != "loop":
-            raise ValueError(f"{owner} {settings[owner]!r} needs {name}")
-    clashes = {
-        ("order", "order_temperature"): order == "random" and settings["order_temperature"] > 0,
-        ("count", "order"): (count in ("threshold", "factor") and order != "confidence")
-        or (count == "entropy_bound" and order != "entropy")
-        or (count == "ancestral" and order != "random"),
-        ("count", "order_temperature"): count in ADAPTIVE and settings["order_temperature"] > 0,
-        ("count", "level_penalty"): count in (*ADAPTIVE, "ancestral") and settings["level_penalty"] > 0,
-        ("count", "num_inference_steps"): count in ADAPTIVE and settings["num_inference_steps"] is not None,
-        ("count", "block_size"): count == "ancestral" and settings["block_size"] is not None,
-        ("count", "guidance_schedule"): count in ADAPTIVE and settings["guidance_schedule"] != "constant",
-        ("remask", "repetition_penalty"): remask == "edit" and settings["repetition_penalty"] != 1,
-        ("remask", "count"): remask in POSTERIOR and count != "ancestral",
-        ("cache", "remask"): settings["cache"] != "none" and remask != "none",
-        ("cache", "block_size"): settings["cache"] != "none" and settings["block_size"] is None,
-        **{
-            ("temperature", name): settings["temperature"] == 0 and settings[name] != neutral
-            for name, neutral in (("top_k", None), ("top_p", 1.0), ("typical_p", 1.0), ("draw", "inverse"))
-        },
-    }
-    for (first, second), clash in clashes.items():
-        if clash:
-            raise ValueError(f"{first} {settings[first]!r} does not go with {second} {settings[second]!r}")
-    check_guidance(settings["guidance_scale"], settings["guidance_schedule"])
-
-
-def _check_types(settings: dict[str, Any]) -> None:
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    def whole_numbers(value: Any) -> bool:
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(map(whole, value))
-
-    def table(value: Any, of: Callable[[Any], bool]) -> bool:
-        return isinstance(value, Mapping) and all(map(of, value.values()))
-
-    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        **dict.fromkeys(
-            ("temperature", "order_temperature", "level_penalty", "exponent", *ADAPTIVE), ("a number", number)
-        ),
-        **dict.fromkeys(("top_p", "typical_p", "eta", "edit_threshold", "repetition_penalty"), ("a number", number)),
-        **dict.fromkeys(("top_k", "min_length", "max_length", "num_inference_steps"), ("a whole number", whole)),
-        "block_size": ("a whole number or 'level'", lambda value: value == "level" or whole(value)),
-        "loop": ("three numbers", lambda value: len(value) == 3 and all(map(number, value))),
-        "forbidden": ("a list of whole numbers", whole_numbers),
-        "forced": ("a table of whole numbers", lambda value: table(value, whole)),
-        "canvas": ("a table of whole numbers", lambda value: table(value, whole)),
-        "guidance_scale": ("a number or a table of numbers", lambda value: number(value) or table(value, number)),
-    }
-    optional = {"temperature", "order_temperature", "level_penalty", "top_p", "typical_p", "repetition_penalty"}
-    for name, (kind, fits) in kinds.items():
-        value = settings[name]
-        if value is None and name not in optional | {"guidance_scale"}:
-            continue
-        if not fits(value):
-            raise ValueError(f"{name} {value!r} must be {kind}")
-
-
-def _check_ranges(settings: dict[str, Any]) -> None:
-    at_least = {
-        **dict.fromkeys(("temperature", "order_temperature", "level_penalty", "factor", "entropy_bound"), 0),
-        **dict.fromkeys(("min_length", "max_length"), 0),
-        **dict.fromkeys(("num_inference_steps", "top_k", "exponent"), 1),
-    }
-    for name, least in at_least.items():
-        if settings[name] is not None and settings[name] < least:
-            raise ValueError(f"{name} {settings[name]} must be at least {least}")
-    for name in ("top_p", "typical_p", "repetition_penalty"):
-        if settings[name] is not None and settings[name] <= 0:
-            raise ValueError(f"{name} {settings[name]} must be more than 0")
-    for name in ("top_p", "typical_p", "threshold", "eta", "edit_threshold"):
-        if settings[name] is not None and not 0 <= settings[name] <= 1:
-            raise ValueError(f"{name} {settings[name]} must be at most 1")
-    if settings["block_size"] not in (None, "level") and settings["block_size"] < 1:
-        raise ValueError(f"block_size {settings['block_size']} must be at least 1")
-    if settings["loop"] is not None:
-        t_on, t_off, plateau = settings["loop"]
-        if not (0 < t_off < t_on < 1 and 0 < plateau < 1):
-            raise ValueError(
-                f"loop {list(settings['loop'])} must be [t_on, t_off, α] with 0 < t_off < t_on < 1, 0 < α < 1"
-            )
-    least, most = settings["min_length"], settings["max_length"]
-    if least is not None and most is not None and least > most:
-        raise ValueError(f"min_length {least} is more than max_length {most}")
-
-
-def _check_ids(settings: Mapping[str, Any], size: int, number: int, *, ends: bool) -> None:
-    forbidden, forced = set(settings["forbidden"] or ()), settings["forced"] or {}
-    for name, ids in (("forbidden", forbidden), ("forced", forced.values())):
-        for token in ids:
-            if not 0 <= token < size:
-                raise ValueError(f"{name}: no code is called {token}; there are 0 to {size - 1}")
-    if len(forbidden) == size:
-        raise ValueError(f"forbidden leaves none of the {size} codes to draw, which temperature and top_p choose from")
-    for place, token in forced.items():
-        if not 0 <= int(place) < number:
-            raise ValueError(f"forced: place {place} is none of the {number} codes to fill in, 0 to {number - 1}")
-        if token in forbidden:
-            raise ValueError(f"forced wants code {token} at place {place}, which forbidden rules out")
-    for name in ("min_length", "max_length"):
-        if settings[name] is not None and not ends:
-            raise ValueError(f"{name} {settings[name]} needs codes whose length varies; here canvas says it")
