@@ -42,7 +42,7 @@ def test_splits_are_the_permutation(folder):
     order = np.random.default_rng(0).permutation(10_000)[:200]
     records = read_metadata(folder)
     splits = ["train"] * 160 + ["validation"] * 20 + ["test"] * 20
-    copies = [index for index, split in enumerate(splits) for _ in range(1 + MOVED * (split == "train"))]
+    copies = [*list(range(160)) * (1 + MOVED), *range(160, 200)]
     assert [record.split for record in records] == [splits[index] for index in copies]
     with np.load(MNIST) as mnist:
         pictures, labels = np.pad(mnist["x"][order], ((0, 0), (2, 2), (2, 2))), mnist["y"][order]
@@ -65,12 +65,12 @@ def test_moved_pictures_are_the_training_splits_and_stay_what_they_were(folder):
     for value in moved:
         picture = np.asarray(Image.open(folder / value)).astype(float)
         original = originals[int(value.split("-")[1])]
-        # Ink stays, and stays nearly where it was: its centre moves by less than 1.3 pixels a side and a turn.
-        assert 0.7 < picture.sum() / original.sum() < 1.3
+        # Ink stays but for 15 % a side, and nearly where it was: its centre moves by 2 pixels, a turn and a shear.
+        assert 0.65 < picture.sum() / original.sum() < 1.4
         for axis in (0, 1):
             place = np.arange(32)
             centre = [(p.sum(1 - axis) * place).sum() / p.sum() for p in (picture, original)]
-            assert abs(centre[0] - centre[1]) < 2
+            assert abs(centre[0] - centre[1]) < 3.5
 
 
 def test_moved_clips_are_the_training_splits_played_faster_or_slower(folder):
@@ -82,6 +82,15 @@ def test_moved_clips_are_the_training_splits_played_faster_or_slower(folder):
     for value in moved:
         original = soundfile.info(folder / value.replace(f"-{value.split('-')[-1]}", ".flac")).duration
         assert 1 / 1.21 < soundfile.info(folder / value).duration / original < 1 / 0.89
+
+
+def test_more_copies_change_the_training_split_alone(folder, tmp_path):
+    prepare(tmp_path / "data", num=200, moved=MOVED + 1, progress=False)
+    for split, grown in (("train", 160), ("validation", 0), ("test", 0)):
+        few, many = (read_metadata(place, splits=(split,)) for place in (folder, tmp_path / "data"))
+        assert len(many) - len(few) == grown
+        if not grown:
+            assert [record.segments for record in few] == [record.segments for record in many]
 
 
 def test_voices_are_of_one_split(folder):
