@@ -3,6 +3,10 @@
 A `Run` is one tokenizer's unknown positions in a compact table, for its sampler; the `Decoder` asks the transformer for
 what all runs need, in one forward pass, and writes back what they decide. Nothing here knows an item.
 
+Tables stay on the CPU, where they are cheap to read; only what the transformer sees and its logits are on its device.
+A step sends tokens and places there, and reads back one small table for each tokenizer, the candidates, which is the
+only time that it waits.
+
 Shape suffixes: B rows = documents, L row length, P = B·L, S segments or selected rows, R documents that have unknown
 codes of a tokenizer, N such codes of a document, M positions whose logits a step reads, V local ids, A columns computed
 anew.
@@ -71,7 +75,7 @@ class Run:
     block_R: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fresh_R = torch.ones(len(self.documents), dtype=torch.bool, device=self.place_RN.device)
+        self.fresh_R = torch.ones(len(self.documents), dtype=torch.bool)
         self.block_R = torch.full_like(self.place_RN[:, 0], -1)
 
     def done(self, step: int) -> bool:
@@ -91,7 +95,7 @@ def gather(
     """The runs of a batch.
 
     Args:
-        batch: a row for each document.
+        batch: a row for each document, on the CPU.
         inside_S: how many codes of each segment a stop cannot end.
         vocabulary, samplers: of the tokenizers.
         steps, scale: for all of them; None takes each sampler's own.
@@ -105,12 +109,12 @@ def gather(
     tokenizer_P = batch.tokenizer_S[segment_P]
     document_P, span_P = batch.document_BL.flatten(), batch.span_BL.flatten()
     # Place within the segment: tokens of a segment follow one another.
-    flat_P = torch.arange(len(segment_P), device=segment_P.device)
+    flat_P = torch.arange(len(segment_P))
     outside_P = batch.segment_BL.flatten() < 0
     first_S = torch.full_like(batch.document_S, len(flat_P))
     first_S = first_S.scatter_reduce(0, segment_P, flat_P.masked_fill(outside_P, len(flat_P)), "amin")
     inside_P = (flat_P - first_S[segment_P]) < inside_S[segment_P]
-    extent_S3 = torch.zeros(len(batch.document_S), 3, dtype=torch.int64, device=segment_P.device)
+    extent_S3 = torch.zeros(len(batch.document_S), 3, dtype=torch.int64)
     index_P3 = segment_P[:, None].expand(-1, 3)
     extent_S3 = extent_S3.scatter_reduce(0, index_P3, batch.coords_BL3.flatten(0, 1) + 1, "amax")
     for place, (name, spans) in enumerate(vocabulary.spans.items()):
@@ -120,10 +124,10 @@ def gather(
         sampler, varies = samplers[name], vocabulary.tokenizers[name].variable_length
         rows, row_U, count_R = torch.unique(document_P[flat_U], return_inverse=True, return_counts=True)
         order_U = torch.argsort(row_U, stable=True)
-        column_U = torch.arange(len(flat_U), device=flat_U.device) - (count_R.cumsum(0) - count_R)[row_U[order_U]]
+        column_U = torch.arange(len(flat_U)) - (count_R.cumsum(0) - count_R)[row_U[order_U]]
         shape = (len(rows), int(count_R.max()))
         index = (row_U[order_U], column_U)
-        place_RN = torch.zeros(shape, dtype=torch.int64, device=flat_U.device)
+        place_RN = torch.zeros(shape, dtype=torch.int64)
         place_RN[index] = flat_U[order_U]
         sample_RN = torch.full_like(place_RN, -1)
         sample_RN[index] = max(stop - start for start, stop in spans)
@@ -176,15 +180,15 @@ class Decoder:
 
     Args:
         transformer, vocabulary: the denoiser and its layout.
-        batch: a row for each document.
+        batch: a row for each document, on the CPU.
         runs: of `gather`.
-        nulls: null_BL by condition, "" for all of them: the tokens that the null does not see.
+        nulls: null_BL by condition, on the CPU, "" for all of them: the tokens that the null does not see.
         generators: one per document.
         trace: keep `history`.
         divergence: compare the logits of a cached pass with those of a whole one, at the cost of that.
 
     Attributes:
-        ids_P: shared ids, `<mask>` where undecided.
+        ids_P: shared ids, `<mask>` where undecided; on the CPU.
         nfe: forward passes of each document.
         history: what was decided when, document by document; None without `trace`.
     """
@@ -202,6 +206,8 @@ class Decoder:
     ):
         self.transformer, self.vocabulary, self.batch = transformer, vocabulary, batch
         self.runs, self.nulls, self.generators = runs, nulls, generators
+        self._device = transformer.device
+        self._on_device = batch.to(self._device)
         self.ids_P = torch.where(batch.known_BL, batch.ids_BL, MASK).flatten()
         self.nfe = [0] * batch.num_documents
         self.history: list[list[Decision]] | None = [[] for _ in self.nfe] if trace else None
@@ -221,7 +227,7 @@ class Decoder:
     @property
     def p_P(self) -> Tensor:
         """float64: the probability of each token when it was decided; NaN where it was known."""
-        p_P = torch.full(self.ids_P.shape, torch.nan, dtype=torch.float64, device=self.ids_P.device)
+        p_P = torch.full(self.ids_P.shape, torch.nan, dtype=torch.float64)
         for run in self.runs:
             there_RN = run.sample_RN >= 0
             p_P[run.place_RN[there_RN]] = run.state.p_RN[there_RN]
@@ -248,13 +254,13 @@ class Decoder:
         logits = self._last
         if not asked:
             sizes = {run.name: run.state.mask_token_id for run, _ in active}
-            nothing = {name: [torch.empty(0, size, device=self.ids_P.device)] for name, size in sizes.items()}
+            nothing = {name: [torch.empty(0, size, device=self._device)] for name, size in sizes.items()}
             logits = _Logits((), where, nothing)
         elif logits is None or not logits.holds(keys, where) or any(bool(run.fresh_R.any()) for run in self.runs):
             for run in self.runs:
                 # Under another null nothing that was computed before will do.
                 anew = [asked.get(document, set()) != self._asked_last.get(document) for document in run.documents]
-                anew_R = torch.tensor(anew, device=run.block_R.device)
+                anew_R = torch.tensor(anew)
                 run.fresh_R, run.block_R = run.fresh_R | anew_R, run.block_R.masked_fill(anew_R, -1)
             fresh = {run.documents[row] for run in self.runs for row in torch.nonzero(run.fresh_R).flatten().tolist()}
             for document in fresh & asked.keys():  # as if alone: the passes of others cost it nothing
@@ -276,7 +282,7 @@ class Decoder:
         for key, scale in run.scales.items():
             scale_R = scale_at(scale, schedule, step, run.state.steps_R)
             guided = [document in self._guided.get(key, ()) for document in run.documents]
-            scales[key] = torch.where(torch.tensor(guided, device=scale_R.device), scale_R, 1.0)
+            scales[key] = torch.where(torch.tensor(guided), scale_R, 1.0)
         return scales
 
     def _asked(
@@ -294,13 +300,14 @@ class Decoder:
     def _decide(self, run: Run, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, Tensor]) -> None:
         conditional_MV, *unconditional = logits.values[run.name]
         row_M = torch.nonzero(where_RN)[:, 0]
-        guided = {key: scales[key][row_M, None].to(conditional_MV) for key in logits.keys if key in scales}
+        like = {"device": conditional_MV.device, "dtype": conditional_MV.dtype, "non_blocking": True}
+        guided = {key: scales[key][row_M, None].to(**like) for key in logits.keys if key in scales}
         null_of = dict(zip(logits.keys, unconditional, strict=True))
         logits_MV = guide(conditional_MV, [(null_of[key], scale_M1) for key, scale_M1 in guided.items()])
         inside = torch.nonzero(run.inside_RN[where_RN]).flatten()
         if len(inside):
             stops = self.vocabulary.stop_codes(run.name, run.state.levels_RN[where_RN][inside])
-            logits_MV = logits_MV.index_put((inside, stops), logits_MV.new_tensor(-torch.inf))
+            logits_MV = logits_MV.index_put((self._sent(inside), self._sent(stops)), logits_MV.new_full((), -torch.inf))
         output = run.sampler.step(
             logits_MV,
             run.state.steps - 1 - step,
@@ -316,17 +323,21 @@ class Decoder:
         shared_RN = self.vocabulary.to_shared(run.name, decided_RN, run.state.levels_RN).masked_fill(masked_RN, MASK)
         self.ids_P[run.place_RN[there_RN]] = shared_RN[there_RN]
 
+    def _sent(self, table: Tensor) -> Tensor:
+        """A table on the transformer's device, without waiting for what is still computed there."""
+        return table.to(self._device, non_blocking=True)
+
     def _forward(self, keys: tuple[str, ...], active: Sequence[tuple[Run, Tensor]]) -> dict[str, list[Tensor]]:
         """Local log-probabilities by tokenizer: logits_MV of the condition, then of each null."""
-        documents = torch.zeros(self.batch.num_documents, dtype=torch.bool, device=self.ids_P.device)
+        documents = torch.zeros(self.batch.num_documents, dtype=torch.bool)
         for run, where_RN in active:
-            documents[torch.tensor(run.documents, device=documents.device)] |= where_RN.any(1)
+            documents[torch.tensor(run.documents)] |= where_RN.any(1)
         if self._mode == "none":
             return self._logits(keys, active, [(torch.nonzero(documents).flatten(), None)])
         begins, active_BL = torch.zeros_like(documents), torch.zeros_like(self.batch.known_BL)
         for run in self.runs:  # those that are done as well: their last block has changed since it was cached
             block_R = current_block(run.state)
-            row_R = torch.tensor(run.documents, device=documents.device)
+            row_R = torch.tensor(run.documents)
             passes_R = documents[row_R]
             begins[row_R] |= passes_R & (block_R != run.block_R)
             run.block_R = torch.where(passes_R, block_R, run.block_R)
@@ -343,16 +354,16 @@ class Decoder:
             active_SL = active_BL[row_S]
             number_S1 = active_SL.sum(1, keepdim=True)
             order_SL = active_SL.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-            column_A = torch.arange(int(number_S1.max()), device=row_S.device)
+            column_A = torch.arange(int(number_S1.max()))
             passes.append((row_S, order_SL.gather(1, torch.minimum(column_A[None], number_S1 - 1))))
         logits = self._logits(keys, active, passes)
         if self._compare and len(row_S):
             whole = self._logits(keys, active, [(row_S, None)], keep=False)
             for run, where_RN in active:
-                of_M = torch.tensor(run.documents, device=row_S.device)[torch.nonzero(where_RN)[:, 0]]
-                cached_M = torch.isin(of_M, row_S)
+                of_M = torch.tensor(run.documents)[torch.nonzero(where_RN)[:, 0]]
+                cached = self._sent(torch.nonzero(torch.isin(of_M, row_S)).flatten())
                 difference_MV = logits[run.name][0].exp() - whole[run.name][0].exp()
-                self._differences.append(difference_MV[cached_M].abs().sum(-1) / 2)
+                self._differences.append(difference_MV[cached].abs().sum(-1) / 2)
         return logits
 
     def _logits(
@@ -368,25 +379,25 @@ class Decoder:
             passes: row_S, and active_SA, the columns computed anew, or None for whole rows.
             keep: whether the keys and values of whole rows replace the cached ones.
         """
-        batch, (rows, length) = self.batch, self.batch.ids_BL.shape
+        there, (rows, length) = self._on_device, self.batch.ids_BL.shape
         exact = torch.float64 if self.transformer.dtype == torch.float64 else torch.float32
         ids_BL = self.ids_P.view(rows, length)
         seen = [ids_BL, *(torch.where(self.nulls[key], MASK, ids_BL) for key in keys)]
         places = {run.name: run.place_RN[where_RN] for run, where_RN in active}
         levels = {run.name: run.state.levels_RN[where_RN] for run, where_RN in active}
         numbers = [0, *(1 + list(self.nulls).index(key) for key in keys)]  # a cache keeps a place for every null
-        nothing = torch.tensor(-torch.inf, dtype=exact, device=ids_BL.device)
+        shapes = {run.name: (len(places[run.name]), run.state.mask_token_id) for run, _ in active}
         gathered = {
-            run.name: [nothing.repeat(len(places[run.name]), run.state.mask_token_id) for _ in seen]
-            for run, _ in active
+            name: [torch.full(shape, -torch.inf, dtype=exact, device=self._device) for _ in seen]
+            for name, shape in shapes.items()
         }
         for row_S, active_SA in passes:
             width = length if active_SA is None else active_SA.shape[1]
-            new_B = torch.full((rows,), -1, device=row_S.device)
-            new_B[row_S] = torch.arange(len(row_S), device=row_S.device)
+            new_B = torch.full((rows,), -1)
+            new_B[row_S] = torch.arange(len(row_S))
             queries, entries = [], []
             for name, level, span in self.vocabulary.flat_spans:
-                entry_N = place_N = torch.empty(0, dtype=torch.int64, device=row_S.device)
+                entry_N = place_N = torch.empty(0, dtype=torch.int64)
                 if name in places:
                     reached_M = (levels[name] == level) & (new_B[places[name] // length] >= 0)
                     entry_N = torch.nonzero(reached_M).flatten()
@@ -394,21 +405,22 @@ class Decoder:
                 new_N, column_N = new_B[place_N // length], place_N % length
                 if active_SA is not None:
                     column_N = (active_SA[new_N] == column_N[:, None]).to(torch.int8).argmax(1)
-                offset_U1 = torch.arange(len(seen), device=row_S.device)[:, None] * len(row_S) * width
-                queries.append(((offset_U1 + new_N * width + column_N).flatten(), span))
-                entries.append(entry_N)
-            cached_S = torch.cat([number * rows + row_S for number in numbers])
+                offset_U1 = torch.arange(len(seen))[:, None] * len(row_S) * width
+                queries.append((self._sent((offset_U1 + new_N * width + column_N).flatten()), span))
+                entries.append(self._sent(entry_N))
+            cached_S = self._sent(torch.cat([number * rows + row_S for number in numbers]))
+            document_S = self._sent(row_S)
             cache = None
             if self._mode != "none" and keep:
                 cache = KeyValueCache() if active_SA is None else self._cache.select(cached_S)
             logits = self.transformer(
-                torch.cat([ids_BL[row_S] for ids_BL in seen]),
-                batch.positions_BL3[row_S].repeat(len(seen), 1, 1),
-                batch.document_BL[row_S].repeat(len(seen), 1),
+                self._sent(torch.cat([ids_BL[row_S] for ids_BL in seen])),
+                there.positions_BL3[document_S].repeat(len(seen), 1, 1),
+                there.document_BL[document_S].repeat(len(seen), 1),
                 queries,
-                batch.coords_BL3[row_S].repeat(len(seen), 1, 1),
+                there.coords_BL3[document_S].repeat(len(seen), 1, 1),
                 cache,
-                None if active_SA is None else active_SA.repeat(len(seen), 1),
+                None if active_SA is None else self._sent(active_SA.repeat(len(seen), 1)),
             )
             if cache is not None and active_SA is None:
                 self._cache.update(cached_S, cache, rows * (1 + len(self.nulls)))

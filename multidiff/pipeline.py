@@ -190,10 +190,9 @@ class MultiDiffPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         generators = _generators(generator, len(documents))
         segments = self._segments(documents)
-        batch = self.sequencer.batch(segments).to(self.transformer.device)
+        batch = self.sequencer.batch(segments)
         inside = [len(part.codes) if isinstance(part, Partial) else 0 for document in documents for part in document]
-        inside_S = torch.tensor(inside, device=batch.ids_BL.device)
-        runs = gather(batch, inside_S, self.vocabulary, self.samplers, num_inference_steps, guidance_scale)
+        runs = gather(batch, torch.tensor(inside), self.vocabulary, self.samplers, num_inference_steps, guidance_scale)
         conditions = {key for run in runs for key, scale in run.scales.items() if scale != 1}
         nulls = {key: self._null(key, batch, segments, guidance_scale is not None) for key in sorted(conditions)}
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)
@@ -269,7 +268,7 @@ class MultiDiffPipeline(DiffusionPipeline):
                 f"{f'{key!r} ' if key else ''}segment; set guidance_scale=1"
             )
         flat = [known for row in given for known in row]
-        given_S = torch.tensor(flat, device=batch.ids_BL.device)
+        given_S = torch.tensor(flat)
         return given_S[batch.segment_BL.clamp_min(0)] & (batch.segment_BL >= 0)
 
     def _current(self, batch: TokenBatch, segments: Sequence[Sequence[Segment]], ids_P: Tensor) -> list[list[Segment]]:
@@ -360,11 +359,11 @@ class MultiDiffPipeline(DiffusionPipeline):
 
 
 def _by_segment(values_P: Tensor, batch: TokenBatch) -> list[Tensor]:
-    """Values of the tokens of each segment, on the CPU. Rows keep the order of documents, so the tokens of all segments
+    """Values of the tokens of each segment. Rows keep the order of documents, so the tokens of all segments
     follow one another."""
-    segment_P = batch.segment_BL.flatten().cpu()
+    segment_P = batch.segment_BL.flatten()
     numbers = torch.bincount(segment_P[segment_P >= 0], minlength=len(batch.document_S))
-    return list(values_P.cpu()[segment_P >= 0].split(numbers.tolist()))
+    return list(values_P[segment_P >= 0].split(numbers.tolist()))
 
 
 def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, documents: int) -> list[torch.Generator]:

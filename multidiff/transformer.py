@@ -315,7 +315,7 @@ def rotary(positions_BL3: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> 
     Angles are computed in fp32 (fp64 for an fp64 model): a bf16 position is wrong beyond 256.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies_F = frequencies_F.to(positions_BL3.device, exact)
+    frequencies_F = frequencies_F.to(positions_BL3.device, exact, non_blocking=True)
     axis_F = torch.arange(len(frequencies_F), device=positions_BL3.device) % 3
     angle_BLF = positions_BL3[..., axis_F].to(exact) * frequencies_F
     angle_BL1E = torch.cat([angle_BLF, angle_BLF], dim=-1)[:, :, None]
@@ -335,7 +335,7 @@ def fourier_features(coords_BL3: Tensor, like_BLD: Tensor) -> Tensor:
     # Turns in 64-bit fixed point: integers wrap, which leaves the fraction exact however large j⁴ grows.
     number_F = torch.arange(1, half + 1)
     turns_F3 = torch.stack([number_F**power * _fixed_fraction_of_root(n) for power, n in ((2, 2), (3, 3), (4, 5))], -1)
-    turns_F3 = (turns_F3.double() / 2.0**64).to(coords_BL3.device, exact)
+    turns_F3 = (turns_F3.double() / 2.0**64).to(coords_BL3.device, exact, non_blocking=True)
     turns_BLF = sum(coords_BL3[..., axis, None].to(exact) * turns_F3[:, axis] for axis in range(3))
     phase_BLF = 2 * math.pi * torch.as_tensor(turns_BLF).frac()
     features_BLD = torch.cat([phase_BLF.cos(), phase_BLF.sin()], dim=-1) * math.sqrt(2)
@@ -359,5 +359,8 @@ def turn(x_BLHE: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor) -> Tensor:
 
 
 def _closed(document_BL: Tensor) -> bool:
-    """Whether attention needs a mask. On an accelerator the answer would cost a synchronisation, so it is yes."""
-    return document_BL.device.type != "cpu" or bool((document_BL != document_BL[:, :1]).any())
+    """Whether attention needs a mask. On an accelerator the answer would cost a synchronisation, and a compiled graph
+    cannot branch on it, so there it is yes."""
+    if document_BL.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool((document_BL != document_BL[:, :1]).any())

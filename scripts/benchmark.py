@@ -38,11 +38,11 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     cases = [(256, 256, 64, settings, "ours"), (1024, 256, 256, {**settings, **blocks}, "ours, blocks and dual cache")]
     for target, known, steps, options, name in cases:
         for size in arguments.batch:
-            batch = _documents(vocabulary, size, known, target).to(device)
+            batch = _documents(vocabulary, size, known, target)
             _ours(model, vocabulary, batch, MaskSampler(**options), steps, most=2)  # warm up
             seconds = _ours(model, vocabulary, batch, MaskSampler(**options), steps)
-            _plain(model, vocabulary, batch, steps, 1)  # warm up
-            plain = _plain(model, vocabulary, batch, steps, arguments.plain_steps)
+            _plain(model, vocabulary, batch.to(device), steps, 1)  # warm up
+            plain = _plain(model, vocabulary, batch.to(device), steps, arguments.plain_steps)
             for loop, spent in (("plain", plain), (name, seconds)):
                 rate, ratio = size * target / spent, plain / spent
                 print(f"| {target} | {size} | {loop} | {steps} | {rate:,.0f} | {ratio:.1f} |", flush=True)

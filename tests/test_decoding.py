@@ -1,14 +1,18 @@
 """The decoding loop: guidance, caches, traces, and what a document costs, whatever stands beside it."""
 
+from itertools import chain
+
 import pytest
 import torch
 from diffusers import AmusedScheduler, BlockRefinementScheduler, DDIMScheduler
+from far import FAR, FarDevice, send
 from test_pipeline import items, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toys import Frames, Grid, generator
 
 from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
+from multidiff.decoding import Decoder
 from multidiff.transformer import MaskedDiffusionTransformer
 from multidiff.vocabulary import MASK, SharedVocabulary
 
@@ -295,3 +299,82 @@ def test_max_length_leaves_an_infilled_span_alone():
     assert len(document[0].codes) == 4
     (document,) = pipe([[Blank("note", frames=9)]], generator=generator()).documents
     assert len(document[0].codes) <= 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({"num_inference_steps": 4}, 1),
+        ({"num_inference_steps": 4, "guidance_scale": 2.0, "order": "margin", "draw": "gumbel"}, 1),
+        ({"order": "confidence", "count": "threshold", "threshold": 0.3}, 1),
+        ({"order": "entropy", "count": "entropy_bound", "entropy_bound": 0.5, "guidance_scale": {"note": 1.5}}, 1),
+        ({"order": "random", "count": "ancestral", "remask": "rescale", "eta": 0.5, "num_inference_steps": 5}, 1),
+        ({"remask": "edit", "edit_threshold": 0.3, "num_inference_steps": 4}, 1),
+        ({"block_size": 3, "cache": "approximate_dual", "num_inference_steps": 4, "guidance_scale": 2.0}, 1),
+        ({"block_size": "level", "level_penalty": 1.0, "repetition_penalty": 1.5, "num_inference_steps": 4}, 1),
+        ({"order": "left_to_right", "forbidden": [1], "min_length": 1, "max_length": 3, "forced": {0: 2}}, 2),
+    ],
+)
+def test_a_step_waits_for_the_device_once(settings, reads, monkeypatch):
+    tokenizers = {"speech": Frames((4, 3)), "note": Frames((6,))}
+    documents = [
+        [Given("note", [1, 2]), Blank("speech", frames=3)],
+        [Given("note", [1]), Partial("speech", tokenizers["speech"].canvas(3), torch.arange(6) < 2, room=2)],
+    ]
+    near = make(tokenizers, {"speech": MaskSampler(**settings)})
+    expected = near(documents, generator=[generator(1), generator(2)], trace=True)
+    far = make(tokenizers, {"speech": MaskSampler(**settings)})
+    waits = []
+    step = Decoder.step
+
+    def counted(decoder, number):
+        device.waits.clear()
+        step(decoder, number)
+        waits.append(list(device.waits))
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    with FarDevice() as device:
+        send(far.transformer)
+        output = far(documents, generator=[generator(1), generator(2)], trace=True)
+    assert far.transformer.device == FAR
+    assert items(output.documents) == items(expected.documents)
+    for ours, theirs in zip(chain(*output.trace), chain(*expected.trace), strict=True):
+        assert ours[:-1] == theirs[:-1]
+        assert ours.p == pytest.approx(theirs.p, nan_ok=True)
+    assert len(waits) >= 3
+    assert waits == [["aten._to_copy.default", "aten._local_scalar_dense.default"][:reads]] * len(waits)
+
+
+def test_what_reads_the_device_is_counted():
+    with FarDevice() as device:
+        table = torch.tensor([1.0, 0.0, 2.0]).to(FAR)
+        assert device.waits == ["aten._to_copy.default"]
+        for wait in (lambda: bool(table.any()), lambda: table.nonzero(), lambda: table[table > 0], table.cpu):
+            device.waits.clear()
+            wait()
+            assert device.waits
+        device.waits.clear()
+        torch.tensor([1]).to(FAR, non_blocking=True)
+        assert torch.equal((table[torch.arange(2, device=FAR)] + 1).cpu(), torch.tensor([2.0, 1.0]))
+        assert device.waits == ["aten._to_copy.default"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_size": 9, "cache": "approximate_dual"}])
+def test_compiled_twice_and_never_again(settings):
+    torch._dynamo.reset()
+    pipe = make({"picture": Grid(5, 6, 6), "note": Frames((6,))}, {"picture": MaskSampler(**settings)})
+    documents = [[Given("note", [1, 2]), Blank("picture")], [Given("note", [1, 2, 0]), Blank("picture")]]
+    generators = [generator(1), generator(2)]
+    expected = pipe(documents, 12, generator=generators)
+    compiled, after = [], []
+    pipe.transformer.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    for _ in range(2):
+        output = pipe(
+            documents,
+            12,
+            generator=[generator(1), generator(2)],
+            callback_on_step_end=lambda *_: after.append(len(compiled)),
+        )
+        assert items(output.documents) == items(expected.documents)
+    # As many positions as at the first step, and then any number of them.
+    assert after == [1, *[2] * 23]

@@ -25,6 +25,18 @@ class Choice:
         self._log_p_MV = log_p_MV
         self.log_p_M = log_p_MV.gather(-1, token_M[:, None]).squeeze(-1)
 
+    def to(self, device: torch.device, *names: str) -> Choice:
+        """Token, log-probability and the attributes of these names on another device, in one transfer."""
+        if device == self.token_M.device:
+            return self
+        names = ("token_M", "log_p_M", *names)
+        # float64 holds ids exactly.
+        values = torch.stack([getattr(self, name).double() for name in names]).to(device)
+        moved = Choice.__new__(Choice)
+        for name, value_M in zip(names, values, strict=True):
+            setattr(moved, name, value_M.to(getattr(self, name).dtype))
+        return moved
+
     @cached_property
     def best_M(self) -> Tensor:
         return self._log_p_MV.argmax(-1)

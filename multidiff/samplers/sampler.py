@@ -27,6 +27,7 @@ from multidiff.samplers.order import BY_MODEL, BY_PLACE
 from multidiff.samplers.remask import POSTERIOR, alphas, sigma
 
 STEPS = 16  # where nothing says
+RULES = ("forbidden", "forced", "min_length", "max_length")  # what may leave nothing to draw
 _LOOP = (0.55, 0.05, 0.9)  # ReMDM's own
 
 
@@ -282,7 +283,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         """Decide some of the undecided positions, and mask or replace decided ones if remasking says so.
 
         Args:
-            model_output: logits_MV at the positions of `where`; -inf at ids that cannot be.
+            model_output: logits_MV at the positions of `where`; -inf at ids that cannot be. They may be on another
+                device than all else: what the step needs to know of them is then read once.
             timestep: `state.steps` - 1 at the first step, 0 at the last.
             sample_RN: local ids; V where undecided, -1 at padding.
             where: what `needs` returned.
@@ -293,13 +295,15 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         candidate_RN = _candidates(state)
         per_token = settings["draw"] == "gumbel"
         numbers = 1 + model_output.shape[-1] if per_token else 2
-        uniform_M2 = _uniform(where.sum(1).tolist(), numbers, generator, sample_RN.device)
-        if settings["draw"] == "inverse":
-            draw, order_M = uniform_M2[:, 0], uniform_M2[:, 1]
-        else:
-            draw, order_M = uniform_M2[:, 1:], uniform_M2[:, 0]
+        uniform_MX = _uniform(where.sum(1).tolist(), numbers, generator)
+        order_M, draw = (uniform_MX[:, 0], uniform_MX[:, 1:]) if per_token else (uniform_MX[:, 1], uniform_MX[:, 0])
+        order_M, draw = order_M.to(sample_RN.device), draw.to(model_output.device, non_blocking=True)
         truncation = {key: settings[key] for key in ("temperature", "top_k", "top_p", "typical_p")}
-        choice = choose(self._restricted(model_output, sample_RN, where, state), draw, **truncation)
+        logits_MV, left_M = self._restricted(model_output, sample_RN, where, state)
+        choice = choose(logits_MV, draw, **truncation).to(sample_RN.device, *self._read())
+        if left_M is not None and not bool(left_M.all()):
+            said = ", ".join(f"{rule} {settings[rule]}" for rule in RULES if settings[rule] is not None)
+            raise ValueError(f"nothing is left to draw at a position: change {said}")
 
         if settings["count"] == "ancestral":
             decide_RN, remask_RN = self._posterior(index, candidate_RN, where, order_M, state, generator)
@@ -320,39 +324,54 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         undecided_RN = state.undecided_RN & ~decide_RN | remask_RN
         return SamplerOutput(sample_RN, replace(state, undecided_RN=undecided_RN, p_RN=p_RN))
 
-    def _restricted(self, logits_MV: Tensor, sample_RN: Tensor, where: Tensor, state: State) -> Tensor:
-        """Logits with -inf at ids that the settings rule out."""
-        settings = self.config
+    def _read(self) -> list[str]:
+        """What the order, the count and remasking look at beside the token and its probability."""
+        order, count, remask = (self.config[name] for name in ("order", "count", "remask"))
+        return [
+            *(["margin_M"] if order == "margin" else []),
+            *(["entropy_M"] if order == "entropy" or count == "entropy_bound" else []),
+            *(["best_M", "best_p_M"] if remask == "edit" else []),
+        ]
+
+    def _restricted(
+        self, logits_MV: Tensor, sample_RN: Tensor, where: Tensor, state: State
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits with -inf at ids that the settings rule out, and where that leaves something; None if no rule is set.
+
+        Tables are read where they are, and only what the logits need is sent to these.
+        """
+        settings, device = self.config, logits_MV.device
+        row_M, column_M = where.nonzero().unbind(1)
+
+        def sent(table: Tensor) -> Tensor:
+            return table.to(device, non_blocking=True)
+
         if settings["repetition_penalty"] != 1:
             # By level and id; stops in the room behind the content are no repetition.
             size, levels = state.mask_token_id + 1, int(state.levels_RN.max()) + 1
             held_RX = torch.zeros(len(sample_RN), levels * size, dtype=torch.bool, device=sample_RN.device)
             counts_RN = (sample_RN >= 0) & (sample_RN != state.stop_RN)
             held_RX.scatter_(1, state.levels_RN * size + sample_RN.where(counts_RN, state.mask_token_id), True)
-            held_MV = held_RX.view(-1, levels, size)[where.nonzero()[:, 0], state.levels_RN[where], :-1]
+            held_MV = sent(held_RX.view(-1, levels, size))[sent(row_M), sent(state.levels_RN[where]), :-1]
             log_p_MV = torch.log_softmax(logits_MV, -1)
             logits_MV = torch.where(held_MV, log_p_MV * settings["repetition_penalty"], log_p_MV)
+        if all(settings[rule] is None for rule in RULES):
+            return logits_MV, None
+        id_V = torch.arange(logits_MV.shape[1], device=device)
         if settings["forbidden"]:
-            logits_MV = logits_MV.index_fill(
-                1, torch.tensor(settings["forbidden"], device=logits_MV.device), -torch.inf
-            )
-        if settings["min_length"] is not None or settings["max_length"] is not None:
-            length_M1 = state.coords_RN3[where][:, :1]
-            stop_MV = torch.arange(logits_MV.shape[1], device=logits_MV.device) == state.stop_RN[where][:, None]
-            too_soon_MV = stop_MV & (length_M1 < (settings["min_length"] or 0))
-            must_M1 = torch.zeros_like(length_M1, dtype=torch.bool)
-            if settings["max_length"] is not None:
-                must_M1 = (length_M1 >= settings["max_length"]) & (state.stop_RN[where] >= 0)[:, None]
-            logits_MV = logits_MV.masked_fill(too_soon_MV | (must_M1 & ~stop_MV), -torch.inf)
+            logits_MV = logits_MV.index_fill(1, sent(torch.tensor(settings["forbidden"])), -torch.inf)
+        length_M, stop_M = state.coords_RN3[where][:, 0], state.stop_RN[where]
+        if settings["min_length"] is not None:
+            early_M = torch.where(length_M < settings["min_length"], stop_M, -1)
+            logits_MV = logits_MV.masked_fill(id_V == sent(early_M)[:, None], -torch.inf)
+        if settings["max_length"] is not None:
+            must_M = (length_M >= settings["max_length"]) & (stop_M >= 0)
+            logits_MV = logits_MV.masked_fill(sent(must_M)[:, None] & (id_V != sent(stop_M)[:, None]), -torch.inf)
         for place, token in (settings["forced"] or {}).items():
-            column_M = where.nonzero()[:, 1]
-            others_V = torch.arange(logits_MV.shape[1], device=logits_MV.device) != token
-            logits_MV = logits_MV.masked_fill((column_M == int(place))[:, None] & others_V, -torch.inf)
-        rules = ("forbidden", "forced", "min_length", "max_length")
-        if any(settings[rule] is not None for rule in rules) and bool(logits_MV.isneginf().all(-1).any()):
-            said = ", ".join(f"{rule} {settings[rule]}" for rule in rules if settings[rule] is not None)
-            raise ValueError(f"nothing is left to draw at a position: change {said}")
-        return logits_MV
+            here_M = column_M == int(place)
+            logits_MV = logits_MV.masked_fill(sent(here_M)[:, None] & (id_V != token), -torch.inf)
+        left_M = ~logits_MV.isneginf().all(-1)
+        return logits_MV.masked_fill(~left_M[:, None], 0), left_M
 
     def _score(self, index: int, choice: Choice, uniform_M: Tensor, where: Tensor, state: State) -> Tensor:
         settings = self.config
@@ -406,7 +425,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         remask_RN = torch.zeros_like(where)
         if remask in POSTERIOR:
             decided_RN = ~state.undecided_RN & (state.block_RN >= 0)
-            again_D = _uniform(decided_RN.sum(1).tolist(), 1, generator, where.device)[:, 0]
+            again_D = _uniform(decided_RN.sum(1).tolist(), 1, generator)[:, 0].to(where.device)
             remask_RN = decided_RN & (torch.ones_like(state.p_RN).masked_scatter(decided_RN, again_D) < sigma_RN)
         return candidate_RN & (uniform_RN < decide_RN), remask_RN
 
@@ -433,15 +452,13 @@ def _candidates(state: State) -> Tensor:
     return state.undecided_RN & (state.block_RN == current_block(state)[:, None])
 
 
-def _uniform(
-    counts_R: Sequence[int], numbers: int, generator: Sequence[torch.Generator], device: torch.device
-) -> Tensor:
-    """float64 [M, numbers]: each row's numbers from that row's generator, on the generator's device."""
+def _uniform(counts_R: Sequence[int], numbers: int, generator: Sequence[torch.Generator]) -> Tensor:
+    """float64 [M, numbers]: each row's numbers from that row's generator, on the device of the first."""
     rows = [
         torch.rand(count, numbers, generator=g, dtype=torch.float64, device=g.device)
         for count, g in zip(counts_R, generator, strict=True)
     ]
-    return torch.cat([row.to(device) for row in rows])
+    return torch.cat([row.to(rows[0].device) for row in rows])
 
 
 def _highest(score_RN: Tensor, count_R: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ class SchedulerSampler(MaskSampler):
     ) -> SamplerOutput:
         assert isinstance(state, SchedulerState)
         sample_RN, p_RN = sample_RN.clone(), state.p_RN.clone()
+        model_output = model_output.to(sample_RN.device)
         p_MV = torch.softmax(model_output.double(), -1)
         rounds, first = list(state.round_R), 0
         for row, count in enumerate(where.sum(1).tolist()):
