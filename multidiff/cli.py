@@ -3,6 +3,7 @@
 multidiff fit|validate|test --config configs/digits.yaml     Lightning's CLI: train and evaluate
 multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blanks of a document
 multidiff plugins                                                    tokenizer plugins installed here
+multidiff new-tokenizer melody                                       a package for one of your own
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ training commands, all with --config FILE.yaml and --print_config:
 generating:
   generate   fill in the blanks of a document; presets: generate caption | image | audio
 
-looking around:
-  plugins    list the tokenizer plugins installed here
+tokenizers:
+  plugins        list what is installed here, and whether it works
+  new-tokenizer  write a small complete package for one of your own
 
 `multidiff COMMAND --help` explains every option of a command."""
 
@@ -53,10 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         generate(arguments[1:])
     elif command == "plugins":
         _print_plugins()
+    elif command == "new-tokenizer":
+        from multidiff.new_tokenizer import main as new_tokenizer
+
+        new_tokenizer(arguments[1:])
     elif command in _TRAINING:
         _train(arguments)
     else:
-        sys.exit(f"multidiff: no command {command!r}; known: {', '.join([*_TRAINING, 'generate', 'plugins'])}")
+        known = [*_TRAINING, "generate", "plugins", "new-tokenizer"]
+        sys.exit(f"multidiff: no command {command!r}; known: {', '.join(known)}")
 
 
 def _train(arguments: list[str]) -> None:
@@ -133,9 +140,19 @@ def _measured_precision() -> str:
 def _print_plugins() -> None:
     from multidiff import plugins
 
-    rows = [("NAME", "CLASS", "PACKAGE")]
-    for name, point in plugins.installed().items():
-        rows.append((name, point.value, f"{point.dist.name} {point.dist.version}" if point.dist else "?"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    rows = [("NAME", "MODALITY", "CODES", "PACKAGE", "VERSION", "STATE")]
+    for plugin in plugins.survey():
+        codes = " + ".join(f"{size:,}" for size in plugin.codes) or "as configured"
+        rows.append(
+            (
+                plugin.name,
+                plugin.modality or "?",
+                codes if plugin.modality else "?",
+                plugin.package,
+                plugin.version,
+                plugin.problem or "works",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for *cells, state in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), state]))

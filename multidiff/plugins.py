@@ -11,6 +11,7 @@ First-party tokenizers come through the same door.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -19,6 +20,52 @@ from typing import Any
 from multidiff.tokenizer import ModalityTokenizer
 
 GROUP = "multidiff.tokenizers"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of an installed plugin.
+
+    Attributes:
+        name: of its entry point.
+        package, version: of its distribution; "?" where an entry point has none.
+        modality: of its class; "" where that does not import.
+        codes: codebook sizes with default arguments; empty where it has none.
+        problem: why it cannot be used; None where it can.
+    """
+
+    name: str
+    package: str
+    version: str
+    modality: str = ""
+    codes: tuple[int, ...] = ()
+    problem: str | None = None
+
+
+def names() -> set[str]:
+    """Plugin names in use, nothing imported."""
+    return {point.name for point in entry_points(group=GROUP)}
+
+
+def survey() -> list[Report]:
+    """Every installed plugin, each tried by itself: one that does not import is reported and stops no other."""
+    points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    return [_report(point, [other for other in points if other.name == point.name]) for point in points]
+
+
+def _report(point: EntryPoint, claims: list[EntryPoint]) -> Report:
+    package, version = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
+    others = [_origin(other) for other in claims if other.value != point.value]
+    try:
+        cls = _class_of(point)
+    except (ImportError, ValueError) as error:
+        return Report(point.name, package, version, problem=str(error))
+    try:
+        codes = tuple(cls().codebook_sizes)
+    except Exception:  # it needs arguments, or what its defaults name is not there
+        codes = ()
+    problem = f"{' and '.join(others)} has the same name; uninstall one of them" if others else None
+    return Report(point.name, package, version, cls.modality, codes, problem)
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -49,12 +96,16 @@ def load(name: str) -> type[ModalityTokenizer]:
         near = get_close_matches(name, points, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(points) or 'none'}"
         raise ValueError(f"no tokenizer plugin is called {name!r}; {hint} (`multidiff plugins` lists them)")
+    return _class_of(points[name])
+
+
+def _class_of(point: EntryPoint) -> type[ModalityTokenizer]:
     try:
-        cls = points[name].load()
-    except Exception as error:
-        raise ImportError(f"plugin {name!r} ({_origin(points[name])}) does not import: {error}") from error
+        cls = point.load()
+    except (Exception, SystemExit) as error:
+        raise ImportError(f"plugin {point.name!r} ({_origin(point)}) does not import: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, ModalityTokenizer)):
-        raise ValueError(f"plugin {name!r} ({_origin(points[name])}) is not a multidiff.ModalityTokenizer")
+        raise ValueError(f"plugin {point.name!r} ({_origin(point)}) is not a multidiff.ModalityTokenizer")
     return cls
 
 

@@ -3,10 +3,11 @@
     def test_contract(tmp_path):
         check_tokenizer(MidiTokenizer(), tmp_path)
 
-It needs no test framework: whatever breaks the contract of `multidiff.tokenizer.ModalityTokenizer` raises an
-AssertionError that says what is wrong and what is wanted. What only the plugin can know (that text comes back
-unchanged, that a picture is close to its original) stays the plugin's own test. A file that `write` calls `.txt` is
-taken for what `metadata.jsonl` holds in place, so `read` gets its words; of any other file `read` gets the path.
+It prints what it found (`pytest -s` shows it), and needs no test framework: whatever breaks the contract of
+`multidiff.tokenizer.ModalityTokenizer` raises an AssertionError that says what is wrong and what is wanted. What only
+the plugin can know (that text comes back unchanged, that a picture is close to its original) stays the plugin's own
+test. A file that `write` calls `.txt` is taken for what `metadata.jsonl` holds in place, so `read` gets its words; of
+any other file `read` gets the path.
 
 Shape suffixes: N codes of one item, 3 axes.
 """
@@ -16,7 +17,9 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -31,10 +34,15 @@ from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 
 # What may lie in a saved tokenizer: nothing here can run code when it is read.
 SAVED_SUFFIXES = {".json", ".safetensors", ".txt", ".md", ".yaml"}
+HUGE = 512  # units of the longest item that is tried
+THREADS = 4
 
 
 def check_tokenizer(tokenizer: ModalityTokenizer, folder: Path | None = None) -> None:
-    """Check every promise of the contract on the tokenizer's own `examples()` and on random codes.
+    """Check every promise of the contract on the tokenizer's own `examples()` and on random codes, empty and huge ones
+    among them, alone and batched, from several threads, on every device here, written, read, saved and loaded.
+
+    Prints sizes, speed and files, and that the contract is kept.
 
     Args:
         tokenizer: the one to check, as small as the plugin allows: it is called some dozens of times.
@@ -54,9 +62,13 @@ def check_tokenizer(tokenizer: ModalityTokenizer, folder: Path | None = None) ->
     codes = tokenizer.encode(items)
     _check_canvas(tokenizer, codes)
     _check_decode(tokenizer, items, codes, folder / "decoded")
-    _check_files(tokenizer, items, folder / "items")
+    _check_extremes(tokenizer)
+    _check_threads(tokenizer, items, codes)
+    devices = _check_devices(tokenizer, items, codes)
+    written = _check_files(tokenizer, items, folder / "items")
     _expect(_same(items, tokenizer.examples()), "write() or preview() changed an item that it was given")
-    _check_saving(tokenizer, items, folder / "saved")
+    saved = _check_saving(tokenizer, items, folder / "saved")
+    print(_found(tokenizer, items, codes, devices, written, saved))
 
 
 def _check_attributes(tokenizer: ModalityTokenizer) -> None:
@@ -214,11 +226,84 @@ def _check_decode(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Co
         _write(tokenizer, item, folder / str(number))
 
 
-def _check_files(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -> None:
-    codes = tokenizer.encode(items)
+def _check_extremes(tokenizer: ModalityTokenizer) -> None:
+    """The shortest and a very long item; of fixed lengths one of four times every dimension, if it may have that."""
+    default, generator = tokenizer.canvas().size, torch.Generator().manual_seed(1)
+    sizes = [dict.fromkeys(default, HUGE), dict.fromkeys(default, 1)]
+    if not tokenizer.variable_length:
+        sizes = [{key: 4 * value for key, value in default.items()}]
+    for size in sizes:
+        try:
+            drawn = _random_codes(tokenizer, size, generator)
+        except ValueError:
+            _expect(not tokenizer.variable_length, f"canvas(**{size}) must be possible: length varies")
+            continue
+        (item,) = tokenizer.decode([drawn])
+        (back,) = tokenizer.encode([item])
+        _check_codes(tokenizer, back, f"encode(decode(codes of size {size}))")
+        _expect(back.size == size, f"an item decoded from codes of size {size} has size {back.size}")
+
+
+def _check_threads(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Codes]) -> None:
+    """Data loaders and servers call a tokenizer from several threads at once."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        encoded = list(threads.map(lambda item: tokenizer.encode([item])[0], items * THREADS))
+        decoded = list(threads.map(lambda one: tokenizer.decode([one])[0], codes * THREADS))
+    _expect(_same(codes * THREADS, encoded), "encode() must be thread-safe: calls at the same time gave other codes")
+    again = tokenizer.decode(codes)
+    _expect(_same(again * THREADS, decoded), "decode() must be thread-safe: calls at the same time gave other items")
+
+
+def _check_devices(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Codes]) -> list[str]:
+    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    for device in devices:
+        tokenizer.to(device)
+        for one, there in zip(codes, tokenizer.encode(items), strict=True):
+            _check_codes(tokenizer, there, f"encode() on {device}")
+            _expect(
+                _same_places(one, there), f"encode() on {device} must give codes at the places that it has on the CPU"
+            )
+        decoded = tokenizer.decode(codes)
+        far = any(tensor.device.type != "cpu" for tensor in _tensors(decoded))
+        _expect(not far, f"decode() on {device} must give items on the CPU")
+        tokenizer.to("cpu")
+        _expect(_same(codes, tokenizer.encode(items)), f"codes must be the same as before, back from {device}")
+    return ["cpu", *devices]
+
+
+def _found(
+    tokenizer: ModalityTokenizer,
+    items: list[Any],
+    codes: list[Codes],
+    devices: list[str],
+    written: list[Path],
+    saved: list[Path],
+) -> str:
+    start = time.perf_counter()
+    tokenizer.encode(items)
+    between = time.perf_counter()
+    tokenizer.decode(codes)
+    rates = [sum(map(len, codes)) / max(1e-9, seconds) for seconds in (between - start, time.perf_counter() - between)]
+    levels = " + ".join(f"{size:,}" for size in tokenizer.codebook_sizes)
+    lengths, canvas = [len(one) for one in codes], tokenizer.canvas()
+    varies = "any length" if tokenizer.variable_length else "length by size"
+    files = ", ".join(f"{file.name} ({file.stat().st_size:,} bytes)" for file in saved)
+    return (
+        f"{type(tokenizer).__name__}: {tokenizer.modality}, {levels} codes, {varies}, fingerprint "
+        f"{tokenizer.fingerprint[:12]}\n"
+        f"  {len(items)} examples of {min(lengths)} to {max(lengths)} codes; a blank has {len(canvas)} {canvas.size}\n"
+        f"  {rates[0]:,.0f} codes a second encoded, {rates[1]:,.0f} decoded, on {' and '.join(devices)}\n"
+        f"  items are written as {', '.join(sorted({path.suffix for path in written}))}; saved: {files}\n"
+        f"  keeps the contract"
+    )
+
+
+def _check_files(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -> list[Path]:
+    codes, written = tokenizer.encode(items), []
     for number, (item, one) in enumerate(zip(items, codes, strict=True)):
         _check_preview(tokenizer, item)
         path = _write(tokenizer, item, folder / f"item.{number}")
+        written.append(path)
         with _untouched_random_state("read()"):
             back = tokenizer.read(_value(path), folder)
         (again,) = tokenizer.encode([back])
@@ -235,6 +320,7 @@ def _check_files(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -
                 isinstance(error, ItemError) and name in str(error),
                 f"read() of a missing or damaged file must raise ItemError naming {name!r}, not {error!r}",
             )
+    return written
 
 
 def _check_preview(tokenizer: ModalityTokenizer, item: Any) -> None:
@@ -266,7 +352,7 @@ def _value(path: Path) -> str:
     return path.read_bytes().decode() if path.suffix == ".txt" else path.name
 
 
-def _check_saving(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -> None:
+def _check_saving(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -> list[Path]:
     codes, fingerprint = tokenizer.encode(items), tokenizer.fingerprint
     saved, empty, broken = folder / "tokenizer", folder / "empty", folder / "broken"
     saved.mkdir(parents=True)
@@ -304,6 +390,7 @@ def _check_saving(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) 
                 isinstance(error, ValueError) and file.name in str(error),
                 f"load() with {file.name} {what} must raise ValueError naming the file, not {error!r}",
             )
+    return files
 
 
 def _expect(kept: Any, promise: str) -> None:

@@ -9,13 +9,19 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from itertools import chain
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from multidiff.new_tokenizer import write_package
 
 ROOT = Path(__file__).parent.parent
-PLUGIN = ROOT / "tests" / "plugin_example"
+EXAMPLES = {"melody": ROOT / "tests" / "plugin_example", "labelmap": ROOT / "examples" / "labelmap"}
+TEMPLATE = ROOT / "multidiff" / "template"
 SHIPPED = {
     "multidiff": ROOT / "multidiff",
     **{name: ROOT / "tokenizers" / name for name in ("multidiff_bpe", "multidiff_encodec", "multidiff_vq")},
@@ -40,7 +46,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """The `bin` of a fresh environment with the wheel and the example plugin.
+    """The `bin` of a fresh environment with the wheel, the example plugins and one made by `multidiff new-tokenizer`.
 
     The packages they depend on come from the environment of the tests: its folder stands behind the fresh one's on the
     path, where its .pth files, and so the checkout installed for editing, do not count.
@@ -48,9 +54,12 @@ def environment(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     bin = folder / ("Scripts" if os.name == "nt" else "bin")
     uv("venv", "--python", sys.executable, folder)
-    uv("pip", "install", "--no-deps", "--compile-bytecode", "--python", bin / "python", wheel, PLUGIN)
+    install = ("pip", "install", "--no-deps", "--compile-bytecode", "--python", bin / "python")
+    uv(*install, wheel, *EXAMPLES.values())
     (packages,) = folder.rglob("site-packages")
     (packages / "behind.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    run(bin / "multidiff", "new-tokenizer", "tide_gauge", "--output", folder / "made", cwd=folder)
+    uv(*install, folder / "made")
     return bin
 
 
@@ -99,16 +108,28 @@ print(count)
 
 def test_every_module_imports_from_the_wheel(environment, tmp_path):
     output = run(environment / "python", "-c", IMPORT_ALL, environment.parent, *SHIPPED, cwd=tmp_path)
-    modules = [file for folder in SHIPPED.values() for file in folder.rglob("*.py")]
+    modules = [file for folder in SHIPPED.values() for file in folder.rglob("*.py") if TEMPLATE not in file.parents]
     assert int(output) == len(modules) - len(SHIPPED)
 
 
-def test_example_plugin_passes_its_own_tests_where_it_is_installed(environment, tmp_path):
-    (tmp_path / "test_melody.py").write_bytes((PLUGIN / "test_melody.py").read_bytes())
-    assert "7 passed" in run(environment / "python", "-m", "pytest", "-q", "test_melody.py", cwd=tmp_path)
-    assert re.search(
-        "^melody +multidiff_melody:MelodyTokenizer", run(environment / "multidiff", "plugins", cwd=tmp_path), re.M
-    )
+def test_plugins_pass_their_own_tests_where_they_are_installed(environment, tmp_path):
+    made = {"tide_gauge": environment.parent / "made"}
+    for name, folder in {**EXAMPLES, **made}.items():
+        (tmp_path / f"test_{name}.py").write_bytes((folder / f"test_{name}.py").read_bytes())
+    assert "20 passed" in run(environment / "python", "-m", "pytest", "-q", cwd=tmp_path)
+    listed = run(environment / "multidiff", "plugins", cwd=tmp_path)
+    for line in (
+        "melody +melody +128 [+] 16 +multidiff-melody +0.1.0 +works",
+        "labelmap +class map +16 +multidiff-labelmap +0.1.0 +works",
+        "tide_gauge +tide_gauge +256 +multidiff-tide_gauge +0.1.0 +works",
+    ):
+        assert re.search(f"^{line}$", listed, re.M)
+
+
+def test_examples_are_short():
+    for folder in (*EXAMPLES.values(), TEMPLATE):
+        (module,) = folder.glob("*/__init__.py")
+        assert len(module.read_text(encoding="utf-8").splitlines()) < 120
 
 
 def test_tokenizers_is_still_hugging_faces():
@@ -128,6 +149,8 @@ def test_importing_multidiff_imports_nothing_heavy():
 def imports(folder):
     """(file, name of the top-level package) of every import in a folder, those inside functions included."""
     for file in folder.rglob("*.py"):
+        if TEMPLATE in file.parents and folder != TEMPLATE:
+            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -147,7 +170,15 @@ def normal(requirement):
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("multidiff", []), ("tokenizers", []), ("demo", ["demo"]), ("scripts", ["demo"]), ("tests", ["demo", "dev"])],
+    [
+        ("multidiff", []),
+        ("multidiff/template", ["dev"]),
+        ("tokenizers", []),
+        ("examples", ["dev"]),
+        ("demo", ["demo"]),
+        ("scripts", ["demo", "evaluate"]),
+        ("tests", ["demo", "dev"]),
+    ],
 )
 def test_nothing_is_imported_that_is_not_declared(folder, extras):
     declared = {*PROJECT["dependencies"]}
@@ -155,7 +186,8 @@ def test_nothing_is_imported_that_is_not_declared(folder, extras):
         declared.update(PROJECT["optional-dependencies"][extra])
     allowed = {normal(requirement) for requirement in declared}
     providers = packages_distributions()
-    own = {"demo", "scripts", "multidiff_melody", *SHIPPED} | {file.stem for file in (ROOT / "tests").glob("*.py")}
+    plugins = {"multidiff_melody", "multidiff_labelmap", "multidiff_series"}
+    own = {"demo", "scripts", *plugins, *SHIPPED} | {file.stem for file in (ROOT / "tests").glob("*.py")}
     undeclared = {
         f"{file.relative_to(ROOT)}: {name}"
         for file, name in imports(ROOT / folder)
@@ -180,7 +212,7 @@ def test_lock_pins_every_dependency_and_records_no_address():
     assert not re.search(r"^-", lock, re.M), "no option, and so no index, belongs into the lock"
     pinned = {normal(name) for name in re.findall(r"^([\w.-]+)==", lock, re.M)}
     extras = PROJECT["optional-dependencies"]
-    required = {normal(requirement) for requirement in [*PROJECT["dependencies"], *extras["demo"], *extras["dev"]]}
+    required = {normal(requirement) for requirement in [*PROJECT["dependencies"], *chain(*extras.values())]}
     assert required <= pinned
 
 
@@ -191,6 +223,8 @@ model:
     tokenizers:
       text: {plugin: bpe}
       tune: {plugin: melody, longest: 4}
+      map: {plugin: labelmap, classes: 3}
+      tide: {plugin: tide_gauge}
     transformer: {hidden_size: 16, num_layers: 1, num_heads: 2}
 data:
   class_path: multidiff.data.module.DocumentData
@@ -206,13 +240,16 @@ trainer:
 """
 
 
-def test_example_plugin_trains_and_generates_where_it_is_installed(environment, tmp_path):
+def test_plugins_train_and_generate_where_they_are_installed(environment, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     documents = []
     for number, split in enumerate(["train", "train", "train", "train", "validation"]):
         (data / f"{number}.json").write_text(json.dumps([[60 + number, 1], [64, 2 + number % 2]]), encoding="utf-8")
-        documents.append({"split": split, "segments": [{"text": f"tune {number}"}, {"tune": f"{number}.json"}]})
+        Image.new("L", (8, 4), number % 3).save(data / f"{number}.png")
+        (data / f"{number}.csv").write_text("0\n0.5\n-0.5\n", encoding="utf-8")
+        parts = [{"text": f"tune {number}"}, {"tune": f"{number}.json"}, {"map": f"{number}.png"}]
+        documents.append({"split": split, "segments": [*parts, {"tide": f"{number}.csv"}]})
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
     (tmp_path / "training.yaml").write_text(TRAINING, encoding="utf-8")
 
@@ -220,9 +257,44 @@ def test_example_plugin_trains_and_generates_where_it_is_installed(environment, 
     assert (tmp_path / "model" / "tokenizers" / "tune" / "melody.json").is_file()
 
     generate = [environment / "multidiff", "generate", "--model", "model", "--steps", "2", "--output", "out"]
-    printed = run(*generate, "--given", "text=up", "--fill", "tune:notes=5", "--num", "2", cwd=tmp_path).split()
-    assert printed == ["out/tune-000.json", "out/tune-001.json"]
-    for file in printed:
-        tune = json.loads((tmp_path / file).read_text(encoding="utf-8"))
+    fill = ["--fill", "tune:notes=5", "--fill", "map:height=8,width=4", "--fill", "tide:samples=6", "--num", "2"]
+    printed = run(*generate, "--given", "text=up", *fill, cwd=tmp_path).split()
+    assert sorted(printed) == [f"out/{name}" for name in sorted(NAMES)]
+    for number in range(2):
+        tune = json.loads((tmp_path / f"out/tune-00{number}.json").read_text(encoding="utf-8"))
         assert len(tune) <= 5
         assert all(0 <= pitch < 128 and 1 <= duration <= 4 for pitch, duration in tune)
+        with Image.open(tmp_path / f"out/map-00{number}.png") as picture:
+            assert (picture.size, np.asarray(picture).max() < 3) == ((4, 8), True)
+        assert len((tmp_path / f"out/tide-00{number}.csv").read_text(encoding="utf-8").split()) <= 6
+
+
+NAMES = [f"{stem}-00{number}.{suffix}" for stem, suffix in (("tune", "json"), ("map", "png"), ("tide", "csv"))
+         for number in range(2)]  # fmt: skip
+
+
+def test_the_template_trains_as_it_stands(environment, tmp_path):
+    made = environment.parent / "made"
+    (tmp_path / "data").mkdir()
+    lines = []
+    for number, split in enumerate(("train", "train", "validation")):
+        (tmp_path / "data" / f"{number}.csv").write_text("0\n0.5\n", encoding="utf-8")
+        lines.append(json.dumps({"split": split, "segments": [{"text": "up"}, {"tide_gauge": f"{number}.csv"}]}))
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    short = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--data.init_args.batch_size", "2"]
+    run(environment / "multidiff", "fit", "--config", made / "training.yaml", *short, cwd=tmp_path)
+    model = tmp_path / "runs" / "tide_gauge" / "model"
+    assert (model / "tokenizers" / "tide_gauge" / "tide_gauge.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["Tide", "9lives", "a-b", "class", "text", "bpe", ""])
+def test_a_name_that_cannot_be_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=repr(name)):
+        write_package(name, tmp_path / "made")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path):
+    with pytest.raises(ValueError, match="exists; name another folder"):
+        write_package("tide", tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from multidiff import plugins
+from multidiff.cli import main
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 
@@ -107,8 +109,11 @@ class Pairs(Steps):
 
 
 @pytest.mark.parametrize("cls", [Steps, Pairs])
-def test_a_correct_tokenizer_passes(cls, tmp_path):
+def test_a_correct_tokenizer_passes(cls, tmp_path, capsys):
     check_tokenizer(cls(), tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{cls.__name__}: walk, 10 + 11 codes" in printed
+    assert "items are written as .json; saved: steps.json (14 bytes)\n  keeps the contract" in printed
     check_tokenizer(cls())
 
 
@@ -508,6 +513,23 @@ class EmptyPreview(Steps):
         return Image.new("L", (len(item), 8))
 
 
+# Extremes and threads
+
+
+@breaks("an item decoded from codes of size {'steps': 512} has size {'steps': 100}")
+class Shortens(Steps):
+    def walk(self, pairs):
+        return super().walk(pairs[:100])
+
+
+@breaks("thread-safe")
+class SharesScratch(Steps):
+    def encode(self, items):
+        self.scratch = items
+        time.sleep(0.002)
+        return super().encode(self.scratch)
+
+
 # Saving
 
 
@@ -645,6 +667,27 @@ def test_an_entry_point_must_be_a_tokenizer(install):
     install("foreign", {"foreign": "foreign_plugin:Thing"}, "foreign_plugin", "class Thing: pass\n")
     with pytest.raises(ValueError, match=r"plugin 'foreign' .* is not a multidiff.ModalityTokenizer"):
         plugins.load("foreign")
+
+
+def test_a_survey_tries_every_plugin_by_itself(walks, install, capsys):
+    install("broken", {"broken": "broken_plugin:Broken"}, "broken_plugin", "import a_module_nobody_has\n")
+    install("leaving", {"leaving": "leaving_plugin:Gone"}, "leaving_plugin", "raise SystemExit('no licence')\n")
+    needs = SUBCLASS + "class Needs(Walks):\n    def __init__(self, path): pass\n"
+    install("needing", {"needs": "needing_plugin:Needs"}, "needing_plugin", needs)
+    install("running", {"walks": "running:Walks"})
+    found = {(report.name, report.package): report for report in plugins.survey()}
+    assert "no module named" in found["broken", "broken"].problem.lower()
+    assert "no licence" in found["leaving", "leaving"].problem
+    assert found["needs", "needing"] == plugins.Report("needs", "needing", "1.2", "walk")
+    assert "running:Walks of running 1.2 has the same name" in found["walks", "walking"].problem
+    assert found["bpe", "multidiff"].problem is None
+    main(["plugins"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["broken"].split()[1:5] == ["?", "?", "broken", "1.2"]
+    assert "does not import" in lines["broken"]
+    assert "walk" in lines["needs"]
+    assert "as configured" in lines["needs"]
+    assert lines["needs"].endswith("works")
 
 
 def test_a_class_without_an_entry_point_has_no_name():

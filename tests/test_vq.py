@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError
 from multidiff_vq import VQTokenizer
 from multidiff_vq.folder import write_model
+from multidiff_vq.pictures import convert
 from multidiff_vq.training import PictureData, VQTraining
 
 MNIST = Path(__file__).parents[1] / "demo" / "data" / "mnist10k.npz"
@@ -184,6 +187,18 @@ def test_pictures_are_turned_upright(tmp_path):
     assert DIGITS.read("photo.jpg", tmp_path).size == (8, 16)
 
 
+def test_of_moving_pictures_the_first_is_read_and_what_is_transparent_is_white(tmp_path):
+    first, second = Image.new("RGBA", (32, 32), (255, 0, 0, 255)), Image.new("RGBA", (32, 32), (0, 0, 255, 255))
+    first.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    for name in ("moving.gif", "moving.png", "moving.webp"):
+        first.save(tmp_path / name, save_all=True, append_images=[second], duration=100, **LOSSLESS.get(name, {}))
+        picture = convert(DIGITS.read(name, tmp_path), "RGB")
+        assert [picture.getpixel(place) for place in ((4, 4), (24, 4))] == [(255, 255, 255), (255, 0, 0)]
+
+
+LOSSLESS = {"moving.webp": {"lossless": True}}
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +227,17 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
             DIGITS.read(name, tmp_path)
     with pytest.raises(ItemError, match="path of its file, not by 7"):
         DIGITS.read(7, tmp_path)
+
+
+@pytest.mark.parametrize("size", [(10_000, 8_000), (30_000, 30_000)])
+def test_a_small_file_of_a_huge_picture_is_not_unpacked(size, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "bomb.png")
+    content = bytearray((tmp_path / "bomb.png").read_bytes())
+    content[16:24] = struct.pack(">II", *size)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(ItemError, match=r"bomb.png has .* 67,108,864 .*scale it down"):
+        DIGITS.read("bomb.png", tmp_path)
 
 
 def test_codes_that_are_no_picture_are_refused():

@@ -134,6 +134,7 @@ def _tokenize(
         _Reader(folder, batches, tokenizers),  # pyright: ignore[reportArgumentType]
         batch_size=None,
         num_workers=num_workers,
+        collate_fn=_unchanged,  # torch's own makes tensors of what items are made of
         generator=torch.Generator(),  # leaves the global one alone
     )
     trainer = Trainer(
@@ -143,6 +144,10 @@ def _tokenize(
     for part in trainer.predict(encoder, loader) or ():
         known |= part  # pyright: ignore[reportOperatorIssue]
     _write(place, folder, records, known)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _key(value: Any) -> str:

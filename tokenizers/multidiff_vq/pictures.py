@@ -16,20 +16,31 @@ from torch import Tensor
 from multidiff.tokenizer import ItemError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode by number of channels
+MOST_PIXELS = 2**26  # of a file: 8,192 × 8,192
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The picture in a file, turned upright as its EXIF tag says, otherwise as it is.
+    """The picture in a file, the first of several, turned upright as its EXIF tag says, otherwise as it is.
 
     Raises:
-        ItemError: no such file, or not a whole picture; names the file.
+        ItemError: no such file, not a whole picture, or one of more than `MOST_PIXELS`, which a file of some hundred
+            bytes can claim to be; names the file.
     """
     if not path.is_file():
         raise ItemError(f"{path}: no such picture; a relative path counts from the folder of metadata.jsonl")
     try:
         with Image.open(path) as picture:
+            if picture.width * picture.height > MOST_PIXELS:  # known before anything is unpacked
+                raise ItemError(
+                    f"{path} has {picture.width:,} × {picture.height:,} pixels, and at most {MOST_PIXELS:,} are read; "
+                    "scale it down"
+                )
             picture.load()
             return ImageOps.exif_transpose(picture)
+    except ItemError:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own limit is higher
+        raise ItemError(f"{path} has more than the {MOST_PIXELS:,} pixels that are read; scale it down") from None
     except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
         raise ItemError(f"{path} is not a readable picture ({error}); replace the file or drop its line") from error
 
