@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "tests" / "plugin_example"
 SHIPPED = {
     "multidiff": ROOT / "multidiff",
-    **{name: ROOT / "tokenizers" / name for name in ("multidiff_bpe", "multidiff_encodec", "multidiff_vq")},
+    **{
+        name: ROOT / "tokenizers" / name
+        for name in ("multidiff_bpe", "multidiff_encodec", "multidiff_sound", "multidiff_vq")
+    },
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
