@@ -78,7 +78,7 @@ def test_generating_does_not_import_the_training_stack(model):
 def test_plugins_lists_the_first_party(capsys):
     main(["plugins"])
     printed = capsys.readouterr().out
-    for name in ("bpe", "vq", "encodec"):
+    for name in ("bpe", "vq", "codec", "encodec"):
         assert any(line.split()[:1] == [name] for line in printed.splitlines())
 
 

@@ -24,7 +24,10 @@ EXAMPLES = {"melody": ROOT / "tests" / "plugin_example", "labelmap": ROOT / "exa
 TEMPLATE = ROOT / "multidiff" / "template"
 SHIPPED = {
     "multidiff": ROOT / "multidiff",
-    **{name: ROOT / "tokenizers" / name for name in ("multidiff_bpe", "multidiff_encodec", "multidiff_vq")},
+    **{
+        name: ROOT / "tokenizers" / name
+        for name in ("multidiff_bpe", "multidiff_codec", "multidiff_encodec", "multidiff_sound", "multidiff_vq")
+    },
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -204,6 +207,12 @@ def test_the_framework_imports_no_tokenizer_and_no_demo():
     assert not {
         f"{file}: {name}" for file, name in imports(ROOT / "tokenizers") if name in ("demo", "scripts", "tests")
     }
+
+
+def test_only_the_encodec_plugin_needs_the_package_that_is_not_free_for_commerce():
+    for name in ("multidiff_codec", "multidiff_sound"):
+        used = {imported for _, imported in imports(ROOT / "tokenizers" / name)}
+        assert not used & {"encodec", "multidiff_encodec"}
 
 
 def test_lock_pins_every_dependency_and_records_no_address():

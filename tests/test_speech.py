@@ -9,7 +9,7 @@ import pytest
 
 from demo.speech import DIGITS, VOICES, WORDS, Utterance, speak
 from multidiff.data.folder import read_metadata
-from multidiff_encodec.sound import read_sound
+from multidiff_sound.sound import read_sound
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from multidiff.data.folder import read_metadata
 from multidiff.data.module import ShuffledBatches
 from multidiff.seeding import generator_for
-from multidiff_encodec.sound import read_sound, to_mono
+from multidiff_sound.sound import read_sound, to_mono
 
 
 class SoundData(LightningDataModule):

@@ -1,12 +1,10 @@
-"""A codec in a folder, `config.json` and `model.safetensors`; and codecs that others saved.
+"""A codec in a folder, and codecs that others saved.
 
 Every name and shape is compared before anything is loaded. Reading runs no code from the files.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -15,15 +13,11 @@ from typing import Any
 
 import torch
 from encodec.model import EncodecModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from multidiff_encodec.codebook import codebooks_of
 from multidiff_encodec.model import PRESETS, CodecConfig, build_model
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+from multidiff_sound.folder import CONFIG, WEIGHTS, read_json, read_weights, write_folder
 
 # What a codebook's training alone needs: not written, and made up where it is not found.
 _STATISTICS = (".inited", ".cluster_size", ".embed_avg")
@@ -57,11 +51,7 @@ _NAMES = {
 
 def write_codec(model: EncodecModel, config: CodecConfig, folder: Path) -> None:
     """Write a codec; each file is whole or absent."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{WEIGHTS}.part").write_bytes(save(inference_state(model)))  # save_file would keep it from other users
-    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
-    (folder / f"{CONFIG}.part").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / f"{CONFIG}.part", folder / CONFIG)
+    write_folder(folder, asdict(config), inference_state(model))
 
 
 def inference_state(model: EncodecModel) -> dict[str, Tensor]:
@@ -84,7 +74,7 @@ def read_codec(path: Path) -> tuple[EncodecModel, CodecConfig]:
         model, state = build_model(config), _read_checkpoint(path)
     else:
         file = path / WEIGHTS
-        settings, state = _read_json(path / CONFIG), _read_safetensors(file)
+        settings, state = read_json(path / CONFIG), read_weights(file)
         if "model_type" in settings:
             config = _config_of_transformers(settings, state, path / CONFIG)
             model = build_model(config)
@@ -125,27 +115,6 @@ def _load(model: EncodecModel, state: Mapping[str, Tensor], file: Path) -> None:
         book.started_1.fill_(1.0)
         book.count_V.fill_(1.0)
         book.sum_VD.copy_(book.embed_VD)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a codec's folder holds {CONFIG} and {WEIGHTS}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or no JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no codec's configuration: expected a JSON object")
-    return settings
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a codec's folder holds {CONFIG} and {WEIGHTS}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from None
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from multidiff_encodec.codebook import Codebook, codebooks_of
 from multidiff_encodec.folder import write_codec
 from multidiff_encodec.mel import MelLoss
 from multidiff_encodec.model import PRESETS, build_model
-from multidiff_encodec.sound import spectrogram
+from multidiff_sound.sound import spectrogram
 
 
 class EncodecTraining(LightningModule):

@@ -1,0 +1,87 @@
+"""CodecTokenizer: sound to the codes of a checkpoint of EnCodec, DAC or Mimi and back.
+
+Shape suffixes: K levels, t frames, B sounds, T samples.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from multidiff_codec.folder import read_codec
+from multidiff_codec.models import Codec
+from multidiff_sound import SoundTokenizer
+from multidiff_sound.folder import CONFIG, WEIGHTS, fingerprint_of, read_json, write_folder, write_json
+
+_SETTINGS = "codec.json"
+# What transformers notes in a configuration that decides nothing.
+_NOTES = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+
+
+class CodecTokenizer(SoundTokenizer):
+    """Sounds of any sample rate and channel count; they come back mono at the codec's rate.
+
+    Args:
+        weights: a folder with transformers' `EncodecModel`, `DacModel` or `MimiModel` (`config.json` and
+            `model.safetensors`), mono and without rescaling. Nothing is downloaded.
+        num_codebooks: levels to use, from the first; None: all there are. Codecs are trained for some numbers of
+            levels only, EnCodec at 24 kHz for 2, 4, 8, 16 and 32 of them. Mimi's first is semantic.
+        max_seconds: longest sound that is encoded. A codec takes a sound as a whole; a minute at 44.1 kHz takes DAC
+            some GB of memory.
+
+    Raises:
+        ValueError: the folder holds no such model, a damaged or a pickled one, or fewer levels; names the file.
+    """
+
+    model: Codec
+
+    def __init__(self, weights: str, num_codebooks: int | None = None, max_seconds: float = 120.0):
+        folder = Path(weights)
+        self.model, self._config, self._tensors = read_codec(folder)
+        levels = self.model.most if num_codebooks is None else num_codebooks
+        if type(levels) is not int or not self.model.fewest <= levels <= self.model.most:
+            raise ValueError(
+                f"num_codebooks must lie in {self.model.fewest} … {self.model.most}, which {folder / WEIGHTS} holds; "
+                f"got {num_codebooks!r}"
+            )
+        if type(max_seconds) not in (int, float) or not 0 < max_seconds < math.inf:
+            raise ValueError(f"max_seconds must be a finite number above 0, not {max_seconds!r}")
+        self.max_seconds = float(max_seconds)
+        self.sample_rate, self.hop = self.model.model.config.sampling_rate, self.model.hop
+        self.codebook_sizes = (self.model.model.config.codebook_size,) * levels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration, the number of levels, and names, shapes and values of the weights.
+
+        Of the files, not of the model: transformers names tensors and settings anew from release to release.
+        """
+        config = {name: value for name, value in self._config.items() if name not in _NOTES}
+        return fingerprint_of({"config": config, "num_codebooks": len(self.codebook_sizes)}, self._tensors)
+
+    def save(self, folder: Path) -> None:
+        """Write the codec as it was read, for transformers too, and `codec.json` with the other settings."""
+        settings = {"num_codebooks": len(self.codebook_sizes), "max_seconds": self.max_seconds}
+        write_folder(Path(folder), self._config, self._tensors)
+        write_json(Path(folder) / _SETTINGS, settings)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The tokenizer that `save` wrote into `folder`."""
+        path = Path(folder) / _SETTINGS
+        if (Path(folder) / CONFIG).is_file() and not path.is_file():
+            raise ValueError(f"{path} does not exist; a codec that multidiff has not saved is given as `weights`")
+        settings = read_json(path)
+        if settings.keys() != {"num_codebooks", "max_seconds"}:
+            raise ValueError(f"{path} must hold num_codebooks and max_seconds, not {sorted(settings)}")
+        return cls(str(folder), **settings)
+
+    def ids_of(self, waves_BT: Tensor) -> Tensor:
+        return self.model.encode(waves_BT, len(self.codebook_sizes)).transpose(1, 2)
+
+    def samples_of(self, ids_BtK: Tensor) -> Tensor:
+        return self.model.decode(ids_BtK.transpose(1, 2))

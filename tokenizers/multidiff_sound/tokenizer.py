@@ -1,0 +1,164 @@
+"""SoundTokenizer: sound as frames of residual codes, whatever codec makes them.
+
+A sound of T samples at the codec's rate becomes ⌈T / hop⌉ frames of one code per level (codebook), flattened frame by
+frame: frame 0 level 0, frame 0 level 1, …, frame 1 level 0, … The first level says most; each next one what the levels
+before it left out.
+
+Shape suffixes: N codes of one sound, K levels, t frames, B sounds, T samples.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from multidiff.tokenizer import Audio, Codes, ItemError, ModalityTokenizer
+from multidiff_sound.sound import read_sound, spectrogram, to_mono, write_sound
+
+_FRAMES_AT_ONCE = 128
+
+
+class SoundTokenizer(ModalityTokenizer):
+    """Sounds of any length, sample rate and channel count; they come back mono at the codec's rate.
+
+    Sound is mixed down, resampled and, at its end, padded with silence to whole frames. What is decoded is therefore
+    up to a frame longer than what was encoded. A subclass brings the codec: the attributes, `ids_of` and `samples_of`.
+
+    Attributes:
+        model: computes both; where its parameters are, there it computes.
+        sample_rate: of the codec, Hz.
+        hop: samples a frame.
+        codebook_sizes: the same size for each level.
+        max_seconds: of a sound to encode.
+    """
+
+    modality = "audio"
+    variable_length: ClassVar[bool] = True
+    model: nn.Module
+    sample_rate: int
+    hop: int
+    max_seconds: float = math.inf
+
+    @abstractmethod
+    def ids_of(self, waves_BT: Tensor) -> Tensor:
+        """Samples of whole frames, mono, float32 [B, t · hop], to ids [B, t, K]."""
+
+    @abstractmethod
+    def samples_of(self, ids_BtK: Tensor) -> Tensor:
+        """Ids [B, t, K] to samples, mono, float32 [B, t · hop]."""
+
+    @torch.no_grad()
+    def encode(self, items: list[Any]) -> list[Codes]:
+        """Sounds (`Audio`) to codes.
+
+        Raises:
+            ItemError: no sound, one without samples, one too long, or with samples that are no finite numbers.
+        """
+        waves = []
+        for item in items:
+            wave_T = to_mono(item, self.sample_rate)
+            if len(wave_T) > self.max_seconds * self.sample_rate:
+                raise ItemError(
+                    f"a sound of {len(wave_T) / self.sample_rate:.1f} s is longer than max_seconds, "
+                    f"{self.max_seconds:g}; cut it, or raise max_seconds if memory allows"
+                )
+            waves.append(F.pad(wave_T, (0, -len(wave_T) % self.hop)))
+        all_codes = []
+        for ids_tK in self._in_batches(self.ids_of, waves, samples_each=1):
+            codes = self.canvas(frames=len(ids_tK))
+            codes.ids_N = ids_tK.flatten()
+            all_codes.append(codes)
+        return all_codes
+
+    @torch.no_grad()
+    def decode(self, codes: list[Codes]) -> list[Audio]:
+        """Codes to sounds, mono float32 in [-1, 1], `hop` samples a frame; no frames give a sound of no samples.
+
+        Raises:
+            ValueError: ids outside the codebooks, or not as many as the size asks for.
+        """
+        grids = []
+        for one in codes:
+            blank = self.canvas(**one.size)
+            if len(one) != len(blank):
+                raise ValueError(f"a sound of size {one.size} has {len(blank)} codes, not {len(one)}")
+            if not bool(((one.ids_N >= 0) & (one.ids_N < self.codebook_sizes[0])).all()):
+                raise ValueError(f"ids of a sound must lie in [0, {self.codebook_sizes[0]})")
+            grids.append(one.ids_N.reshape(-1, len(self.codebook_sizes)))
+        waves = self._in_batches(self.samples_of, grids, samples_each=self.hop)
+        return [Audio(wave_T.clamp(-1, 1)[None], self.sample_rate) for wave_T in waves]
+
+    def canvas(self, frames: int | None = None) -> Codes:
+        """A blank sound of `frames` (about a second of them by default)."""
+        if frames is None:
+            frames = max(1, round(self.sample_rate / self.hop))
+        if type(frames) is not int or frames < 0:
+            raise ValueError(f"a sound has a whole number of frames, 0 or more, not {frames!r}")
+        levels = len(self.codebook_sizes)
+        levels_N = torch.arange(levels).repeat(frames)
+        frames_N = torch.arange(frames).repeat_interleave(levels)
+        coords_N3 = torch.stack([frames_N, levels_N, torch.zeros_like(levels_N)], dim=1)
+        return Codes(torch.zeros_like(levels_N), levels_N, coords_N3, {"frames": frames})
+
+    def read(self, value: Any, folder: Path) -> Audio:
+        """The sound in a file: WAV, FLAC, OGG or MP3."""
+        if not isinstance(value, str):
+            raise ItemError(f"a sound is named by the path of its file, not by {value!r}")
+        return read_sound(Path(folder) / value)
+
+    def write(self, item: Any, stem: Path) -> Path:
+        """Write a 16-bit WAV at the sound's own rate."""
+        path = stem.with_name(f"{stem.name}.wav")
+        write_sound(item, path)
+        return path
+
+    def preview(self, item: Any) -> Image.Image:
+        """Its log-mel spectrogram."""
+        return spectrogram(item)
+
+    def examples(self) -> list[Audio]:
+        """A rising tone; two tones in stereo at 44.1 kHz; a click shorter than a frame."""
+        rate = self.sample_rate
+        second_T = torch.arange(rate) / rate
+        rising_T = 0.5 * torch.sin(2 * torch.pi * (100 + 500 * second_T) * second_T)
+        short_T = torch.arange(13_230) / 44_100
+        stereo_CT = 0.3 * torch.stack([torch.sin(2 * torch.pi * pitch * short_T) for pitch in (220.0, 330.0)])
+        return [Audio(rising_T[None], rate), Audio(stereo_CT, 44_100), Audio(torch.full((1, 8), 0.5), rate)]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model to `device`."""
+        self.model.to(device)
+        return self
+
+    def _in_batches(
+        self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], samples_each: int
+    ) -> list[Tensor]:
+        """`function` of each input, in order, computed in batches of equal length; an entry stands for `samples_each`.
+
+        A batch has as many places as its length leaves room for, filled up with zeros: kernels for another batch size
+        add up in another order, and the last bit can decide between two codes.
+        """
+        device = next(self.model.parameters()).device
+        by_length: dict[int, list[int]] = {}
+        outputs: dict[int, Tensor] = {}
+        for index, tensor in enumerate(inputs):
+            if len(tensor):
+                by_length.setdefault(len(tensor), []).append(index)
+            else:
+                outputs[index] = torch.zeros(0)
+        for length, indices in by_length.items():
+            places = max(1, _FRAMES_AT_ONCE * self.hop // (length * samples_each))
+            for start in range(0, len(indices), places):
+                chunk = indices[start : start + places]
+                batch = torch.zeros(places, *inputs[chunk[0]].shape, dtype=inputs[chunk[0]].dtype)
+                batch[: len(chunk)] = torch.stack([inputs[index] for index in chunk])
+                outputs.update(zip(chunk, function(batch.to(device)).cpu(), strict=False))
+        return [outputs[index] for index in range(len(inputs))]
