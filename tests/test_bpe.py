@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from multidiff.testing import check_tokenizer
@@ -17,9 +17,10 @@ from multidiff_bpe.bpe import BYTES
 
 TEXTS = ["a handwritten seven", "the digit seven", "someone says eleven", "Größe und 你好 🙂"] * 3
 TRAINED = BPETokenizer.train(TEXTS, 300)
+CHARACTERS = BPETokenizer.train_characters(TEXTS)
 
 
-@pytest.mark.parametrize("tokenizer", [BPETokenizer(), TRAINED], ids=["bytes", "trained"])
+@pytest.mark.parametrize("tokenizer", [BPETokenizer(), TRAINED, CHARACTERS], ids=["bytes", "trained", "characters"])
 def test_contract(tokenizer, tmp_path):
     check_tokenizer(tokenizer, tmp_path)
 
@@ -27,19 +28,68 @@ def test_contract(tokenizer, tmp_path):
 @settings(deadline=None)
 @given(st.lists(st.text(), max_size=4))
 def test_every_string_comes_back_unchanged(texts):
-    for tokenizer in (BPETokenizer(), TRAINED):
+    for tokenizer in (BPETokenizer(), TRAINED, CHARACTERS):
         assert tokenizer.decode(tokenizer.encode(texts)) == texts
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, TRAINED.codebook_sizes[0] - 1), max_size=40))
-def test_any_codes_are_a_text_that_can_be_seen_and_written(tmp_path_factory, ids):
-    canvas = TRAINED.canvas(tokens=len(ids))
-    (text,) = TRAINED.decode([Codes(torch.tensor(ids, dtype=torch.int64), canvas.levels_N, canvas.coords_N3)])
+@pytest.mark.parametrize("tokenizer", [TRAINED, CHARACTERS], ids=["trained", "characters"])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ranks=st.lists(st.integers(0, 2**16), max_size=40))
+def test_any_codes_are_a_text_that_can_be_seen_and_written(tmp_path, tokenizer, ranks):
+    codes = tokenizer.canvas(tokens=len(ranks))
+    codes.ids_N = torch.tensor(ranks, dtype=torch.int64) % tokenizer.codebook_sizes[0]
+    (text,) = tokenizer.decode([codes])
     text.encode()
-    assert min(TRAINED.preview(text).size) > 0
-    path = TRAINED.write(text, tmp_path_factory.getbasetemp() / "text")
-    assert path.read_bytes().decode() == text
+    assert min(tokenizer.preview(text).size) > 0
+    assert tokenizer.write(text, tmp_path / "text").read_bytes().decode() == text
+
+
+def test_bytes_are_utf8_and_the_preset_is_the_default():
+    tokenizer = BPETokenizer(preset="bytes")
+    assert tokenizer.codebook_sizes == (256,)
+    assert tokenizer.fingerprint == BPETokenizer().fingerprint
+    for text in ("seven", "Größe 你好 🙂"):
+        assert len(tokenizer.encode([text])[0]) == len(text.encode())
+
+
+def test_characters_have_a_code_each_and_others_are_spelled_in_bytes():
+    characters = sorted(set("".join(TEXTS)))
+    assert CHARACTERS.codebook_sizes == (256 + len(characters),)
+    (known,) = CHARACTERS.encode(["Größe 你"])
+    assert known.ids_N.tolist() == [256 + characters.index(character) for character in "Größe 你"]
+    (mixed,) = CHARACTERS.encode(["aqé世😀"])
+    assert mixed.ids_N.tolist() == [256 + characters.index("a"), *"qé世😀".encode()]
+    assert CHARACTERS.decode([mixed]) == ["aqé世😀"]
+    # Neither words that look like the name of a byte nor the order of the texts matter.
+    assert CHARACTERS.decode(CHARACTERS.encode(["<0x41>"])) == ["<0x41>"]
+    assert BPETokenizer.train_characters(reversed(TEXTS)).fingerprint == CHARACTERS.fingerprint
+    assert BPETokenizer.train_characters(["abc"]).fingerprint != CHARACTERS.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ({"preset": "characters"}, "--preset characters --data PATH"),
+        ({"preset": "words"}, "no preset is called 'words'; there are 'bytes' and 'characters'"),
+        ({"preset": "bytes", "file": "tokenizer.json"}, "exclude each other"),
+    ],
+)
+def test_a_wrong_preset_is_refused(arguments, fault):
+    with pytest.raises(ValueError, match=fault):
+        BPETokenizer(**arguments)
+
+
+def test_saved_models_know_their_tokenizer_again():
+    assert BPETokenizer().fingerprint == "2a0e625439b1a8bf28ccec0c1af0463cf10fc067a26145fda05e40211a71174f"
+    assert TRAINED.fingerprint == "44313e8d5103ca857bd951d0a0cd5245debc2220576611d5157ed9f0f1614372"
+
+
+@pytest.mark.parametrize("tokenizer", [BPETokenizer(), TRAINED, CHARACTERS], ids=["bytes", "trained", "characters"])
+@pytest.mark.parametrize("text", ["", "seven 你🙂 " * 30_000, "7" * 200_000], ids=["empty", "long", "one word"])
+def test_empty_and_huge_texts_come_back(tokenizer, text):
+    (codes,) = tokenizer.encode([text])
+    assert codes.size == {"tokens": len(codes)}
+    assert tokenizer.decode([codes]) == [text]
 
 
 def test_bytes_that_are_no_utf8_become_the_replacement_character():
@@ -57,6 +107,18 @@ def test_what_is_no_text_is_refused(item, tmp_path):
         BPETokenizer().read(item, tmp_path)
     with pytest.raises(ItemError):
         BPETokenizer.train([item], 300)
+    with pytest.raises(ItemError):
+        BPETokenizer.train_characters([item])
+
+
+def test_half_of_a_surrogate_pair_is_mended_as_the_error_says():
+    text = "half \ud83d, whole \ud83d\ude42"
+    with pytest.raises(ItemError) as caught:
+        BPETokenizer().encode([text])
+    assert "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')" in str(caught.value)
+    mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert BPETokenizer().decode(BPETokenizer().encode([mended])) == [mended]
+    assert mended.endswith("whole 🙂")
 
 
 def test_training_merges_what_is_frequent_within_the_size_asked_for():
@@ -81,70 +143,9 @@ def test_preview_of_a_long_text_stays_a_preview():
     assert height < 1000
 
 
-def _saved(tmp_path):
-    TRAINED.save(tmp_path)
-    return json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-
-
-def _unigram(state):
-    state["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0]]}
-
-
-def _lacks_a_byte(state):
-    state["model"]["vocab"]["<not a byte>"] = state["model"]["vocab"].pop("Ċ")
-
-
-def _prefix_space(state):
-    state["pre_tokenizer"]["add_prefix_space"] = True
-
-
-def _normalizer(state):
-    state["normalizer"] = {"type": "NFC"}
-
-
-def _stripping_token(state):
-    flags = {"single_word": False, "lstrip": True, "rstrip": True, "normalized": False, "special": True}
-    state["added_tokens"] = [{"id": 300, "content": "<end>", **flags}]
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (_unigram, "Unigram, not BPE"),
-        (_lacks_a_byte, "lacks 1 of the 256 bytes"),
-        (lambda state: state["model"].update(unk_token="!"), "unknown token"),
-        (lambda state: state["model"].update(dropout=0.1), "drop out"),
-        (lambda state: state["model"]["merges"].append(["no", "such pair"]), "damaged"),
-        (lambda state: state.pop("model"), "damaged"),
-        (_prefix_space, "changes text"),
-        (_normalizer, "changes text"),
-        (_stripping_token, "changes text"),
-    ],
-)
-def test_a_foreign_file_is_refused(tmp_path, change, fault):
-    state = _saved(tmp_path)
-    change(state)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    with pytest.raises(ValueError, match=fault) as caught:
-        BPETokenizer.load(tmp_path)
-    assert str(tmp_path / "tokenizer.json") in str(caught.value)
-
-
-def test_a_plain_added_token_is_welcome(tmp_path):
-    state = _saved(tmp_path)
-    _stripping_token(state)
-    state["added_tokens"][0].update(lstrip=False, rstrip=False)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    tokenizer = BPETokenizer(str(tmp_path / "tokenizer.json"))
-    assert tokenizer.codebook_sizes == (301,)
-    check_tokenizer(tokenizer, tmp_path)
-    (codes,) = tokenizer.encode(["one <end> two"])
-    assert 300 in codes.ids_N.tolist()
-    assert tokenizer.decode([codes]) == ["one <end> two"]
-
-
 def test_the_bytes_have_one_id_each(tmp_path):
-    vocabulary = _saved(tmp_path)["model"]["vocab"]
+    TRAINED.save(tmp_path)
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert sorted(vocabulary[byte] for byte in BYTES) == list(range(256))
 
 
