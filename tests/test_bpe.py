@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -161,17 +162,52 @@ def data(tmp_path):
     return folder
 
 
+def _trained_on(tmp_path, *arguments):
+    main([*map(str, arguments), "--output", str(tmp_path / "out")])
+    return BPETokenizer.load(tmp_path / "out").fingerprint
+
+
 def test_command_trains_on_the_train_split_and_on_text_files(data, tmp_path, capsys):
-    main(["--data", str(data), "--vocab-size", "260", "--output", str(tmp_path / "out")])
+    fingerprint = _trained_on(tmp_path, "--data", data, "--vocab-size", 260)
     assert "260 codes from 1 texts" in capsys.readouterr().out
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
-    assert BPETokenizer.load(tmp_path / "out").fingerprint == BPETokenizer.train(["seven seven"], 260).fingerprint
+    assert fingerprint == BPETokenizer.train(["seven seven"], 260).fingerprint
 
     (tmp_path / "book.txt").write_text("seven\neleven\n", encoding="utf-8")
-    sources = ["--data", str(data), str(tmp_path / "book.txt"), "--key", "title"]
-    main([*sources, "--vocab-size", "258", "--output", str(tmp_path / "out")])
-    expected = BPETokenizer.train(["eleven", "seven\n", "eleven\n"], 258)
-    assert BPETokenizer.load(tmp_path / "out").fingerprint == expected.fingerprint
+    fingerprint = _trained_on(tmp_path, "--data", data, tmp_path / "book.txt", "--key", "title", "--vocab-size", 258)
+    assert fingerprint == BPETokenizer.train(["eleven", "seven\n", "eleven\n"], 258).fingerprint
+
+
+WORDS = ["seven seven", "Größe 你好", "", "eleven\nseven"]
+
+
+def test_command_trains_on_json_lines_parquet_and_saved_datasets(tmp_path, capsys):
+    rows = [{"words": text, "id": index} for index, text in enumerate(WORDS)]
+    lines = [json.dumps(row, ensure_ascii=index > 1) for index, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    dataset = Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "rows [1].parquet")
+    dataset.save_to_disk(tmp_path / "one")
+    DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "splits")
+    expected = BPETokenizer.train(WORDS, 262).fingerprint
+    for source in ("rows.jsonl", "rows [1].parquet", "one", "splits", "splits/train"):
+        assert _trained_on(tmp_path, "--data", tmp_path / source, "--key", "words", "--vocab-size", 262) == expected
+        assert "262 codes from 4 texts" in capsys.readouterr().out
+
+
+def test_command_trains_characters(data, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("Größe\n", encoding="utf-8")
+    fingerprint = _trained_on(tmp_path, "--data", data, tmp_path / "words.txt", "--preset", "characters")
+    assert fingerprint == BPETokenizer.train_characters(["seven seven", "Größe\n"]).fingerprint
+    assert "1.00 characters a code" in capsys.readouterr().out
+    for wrong, fault in (
+        (["--vocab-size", "300", "--preset", "characters"], "not allowed with"),
+        ([], "one of the arguments --vocab-size --preset is required"),
+        (["--preset", "bytes"], "invalid choice: 'bytes'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            _trained_on(tmp_path, "--data", data, *wrong)
+        assert fault in capsys.readouterr().err
 
 
 def test_command_says_what_is_wrong_with_its_data(data, tmp_path, capsys):
@@ -179,6 +215,24 @@ def test_command_says_what_is_wrong_with_its_data(data, tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
     number = tmp_path / "number"
     number.mkdir()
+    (tmp_path / "folder").mkdir()
+    for name, content in {
+        "half.jsonl": '{"text": "\\ud83d"}',
+        "word.jsonl": '{"text": "seven"}\n"seven"',
+        "title.jsonl": '{"title": "seven"}',
+        "none.jsonl": '{"text": "seven"}\n{"text": null}',
+        "cut.jsonl": '{"text": "seven"}\n{"text": "sev',
+        "cut.parquet": "PAR1",
+    }.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    rows = Dataset.from_dict({"text": ["seven", None], "title": [1, 2]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "zeros.parquet").write_bytes(content[:4] + bytes(60) + content[64:])
+    rows.save_to_disk(tmp_path / "rows")
+    rows.save_to_disk(tmp_path / "damaged")
+    next((tmp_path / "damaged").glob("*.arrow")).write_bytes(b"no Arrow")
+    DatasetDict(test=rows).save_to_disk(tmp_path / "test")
     (number / "metadata.jsonl").write_text('\n{"segments": [{"text": 7}]}', encoding="utf-8")
     for arguments, fault in [
         ([data, "--key", "speech"], "has no 'speech'; choose a --key of: image, text, title"),
@@ -186,6 +240,22 @@ def test_command_says_what_is_wrong_with_its_data(data, tmp_path, capsys):
         ([tmp_path / "latin.txt"], "latin.txt is no UTF-8 text"),
         ([tmp_path / "empty.txt"], "empty.txt: there is no text"),
         ([tmp_path / "missing.txt"], "missing.txt"),
+        ([tmp_path / "missing.parquet"], "missing.parquet"),
+        ([tmp_path / "folder"], "folder is neither a data folder (no metadata.jsonl) nor a dataset saved by"),
+        ([tmp_path / "half.jsonl"], "half.jsonl, line 1: text '\\ud83d' holds half of a surrogate pair"),
+        ([tmp_path / "word.jsonl"], 'word.jsonl, line 2: expected an object, {"text": "…"}'),
+        ([tmp_path / "title.jsonl"], "title.jsonl, line 1 has no 'text'; choose a --key of: title"),
+        ([tmp_path / "none.jsonl"], "none.jsonl, line 2: 'text' must be a string, not None"),
+        ([tmp_path / "cut.jsonl"], "cut.jsonl, line 2: not JSON"),
+        ([tmp_path / "cut.parquet"], "cut.parquet is damaged or no Parquet file"),
+        ([tmp_path / "zeros.parquet"], "zeros.parquet is damaged"),
+        ([tmp_path / "rows.parquet"], "rows.parquet, row 1: 'text' must be a string, not None"),
+        ([tmp_path / "rows.parquet", "--key", "words"], "rows.parquet has no 'words'; choose a --key of: text, title"),
+        ([tmp_path / "rows.parquet", "--key", "title"], "rows.parquet, row 0: 'title' must be a string, not 1"),
+        ([tmp_path / "rows"], "rows, row 1: 'text' must be a string, not None"),
+        ([tmp_path / "rows", "--key", "words"], "rows has no 'words'; choose a --key of: text, title"),
+        ([tmp_path / "damaged"], "damaged is a damaged dataset"),
+        ([tmp_path / "test"], "test has no train split; name the folder of one of its splits"),
         ([data, "--vocab-size", "12"], "at least 256"),
     ]:
         with pytest.raises(SystemExit, match="2"):
