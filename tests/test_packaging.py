@@ -9,8 +9,8 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from itertools import chain
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Text as byte-level BPE: no unknown token, every string comes back unchanged."""
+"""Text as byte-level BPE, characters, bytes, or the pieces of any `tokenizer.json` of Hugging Face's."""
 
 from multidiff_bpe.bpe import BPETokenizer
 

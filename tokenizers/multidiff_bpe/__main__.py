@@ -1,4 +1,4 @@
-"""Train a text tokenizer: `python -m multidiff_bpe --data FOLDER --vocab-size N --output FOLDER`."""
+"""Train a text tokenizer: `python -m multidiff_bpe --data PATH … --vocab-size N --output FOLDER`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from multidiff.data.folder import read_metadata
 from multidiff_bpe.bpe import BPETokenizer
+from multidiff_bpe.corpus import read_texts
+
+# Texts that the printed rate is measured on: all of a large corpus would take as long as training.
+MEASURED = 10_000
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m multidiff_bpe",
-        description="Train a byte-level BPE tokenizer; use it as `{plugin: bpe, folder: OUTPUT}`.",
+        description="Train a text tokenizer that loses nothing, byte-level BPE or characters; use it as "
+        "`{plugin: bpe, folder: OUTPUT}`. Bytes need no training: `{plugin: bpe}`.",
     )
     parser.add_argument(
         "--data",
@@ -21,53 +25,51 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="data folders (with a metadata.jsonl; its train split is used) or UTF-8 text files",
+        help="data folders (with a metadata.jsonl) and datasets saved by Hugging Face's `save_to_disk`, of which the "
+        "train split is used; .jsonl and .parquet files; any other file is UTF-8 text, each line a text",
     )
-    parser.add_argument("--key", default="text", help="name of the text segments in metadata.jsonl (default: text)")
     parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="number of codes, the 256 bytes included"
+        "--key",
+        default="text",
+        help="name of the text segments in metadata.jsonl, of the field or column elsewhere (default: text)",
+    )
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--vocab-size", type=int, metavar="N", help="number of codes of BPE, the 256 bytes included")
+    kind.add_argument(
+        "--preset",
+        choices=["characters"],
+        help="characters: one code for each character of the texts; others are spelled in bytes, 256 further codes",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where tokenizer.json goes")
     options = parser.parse_args(arguments)
+    texts = characters = 0
+    measured: list[str] = []
+
+    def corpus() -> Iterator[str]:
+        nonlocal texts, characters
+        for path in options.data:
+            for text in read_texts(path, options.key):
+                texts += 1
+                characters += len(text)
+                if len(measured) < MEASURED:
+                    measured.append(text)
+                yield text
+
     try:
-        texts = [text for path in options.data for text in read_texts(path, options.key)]
-        if not any(texts):
+        if options.preset:
+            tokenizer = BPETokenizer.train_characters(corpus())
+        else:
+            tokenizer = BPETokenizer.train(corpus(), options.vocab_size)
+        if not characters:
             raise ValueError(f"{', '.join(map(str, options.data))}: there is no text to train on")
-        tokenizer = BPETokenizer.train(texts, options.vocab_size)
         tokenizer.save(options.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    characters = sum(map(len, texts))
-    codes = sum(map(len, tokenizer.encode(texts)))
+    codes = sum(map(len, tokenizer.encode(measured)))
     print(
-        f"{options.output / 'tokenizer.json'}: {tokenizer.codebook_sizes[0]} codes from {len(texts):,} texts, "
-        f"{characters / max(1, codes):.2f} characters a code"
+        f"{options.output / 'tokenizer.json'}: {tokenizer.codebook_sizes[0]} codes from {texts:,} texts, "
+        f"{sum(map(len, measured)) / max(1, codes):.2f} characters a code"
     )
-
-
-def read_texts(path: Path, key: str) -> Iterator[str]:
-    """The texts at `path`: a data folder's `key` segments of the train split, or the lines of a text file.
-
-    Raises:
-        ValueError: there is no text; names the file.
-    """
-    if path.is_dir():
-        names = set()
-        for record in read_metadata(path, ["train"]):
-            for name, value in record.segments:
-                names.add(name)
-                if name == key:
-                    if not isinstance(value, str):
-                        raise ValueError(f"{path / 'metadata.jsonl'}, line {record.line}: {key!r} must be a string")
-                    yield value
-        if key not in names:
-            raise ValueError(f"the train split of {path} has no {key!r}; choose a --key of: {', '.join(sorted(names))}")
-        return
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""The text tokenizer: byte-level BPE on Hugging Face `tokenizers`.
+"""The text tokenizer, on Hugging Face `tokenizers`: byte-level BPE of one's own, or what any `tokenizer.json` says.
 
 Text becomes UTF-8 bytes; pairs of neighbours merge into longer pieces, most frequent first, never across a word.
 All 256 bytes are in the vocabulary, so there is no unknown token and no string without codes. Byte-pair encoding:
 Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016); on bytes: Radford et al.,
-"Language Models are Unsupervised Multitask Learners" (2019), section 2.2.
+"Language Models are Unsupervised Multitask Learners" (2019), section 2.2. Characters that fall back to bytes:
+Kudo and Richardson, "SentencePiece" (2018).
 
 Shape suffixes: N codes of one text, 3 axes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import textwrap
 from collections.abc import Iterable
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
+from multidiff_bpe.pieces import PROBES, Pieces
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # how the library spells the 256 bytes as characters
 FILE = "tokenizer.json"
@@ -31,21 +30,45 @@ PREVIEW_COLUMNS, PREVIEW_LINES = 40, 30
 
 
 class BPETokenizer(ModalityTokenizer):
-    """Strings to byte-level BPE codes and back, without loss.
+    """Strings to codes and back.
+
+    Without loss: what `train` and `train_characters` make, and byte-level files without a normalizer (GPT-2, Llama 3).
+    Other files are taken as they are: text comes back from Qwen's with accents composed (NFC), from Llama 2's with
+    spaces for `▁`, from BERT's in lower case and spaced anew. Text that a file has no codes for, which happens where it
+    has neither bytes nor the character, is an `ItemError` that names the character, never an unknown token.
+
+    Special tokens of a file (`<s>`, `[CLS]`, `<|im_end|>` …: all that `added_tokens` flags as `special`, and the
+    unknown token) have no code: no text becomes one, and no model writes one. The others are numbered without gaps in
+    the order of the file's ids; `file_ids` says which those are. `save` keeps the file unchanged.
 
     Args:
-        file: a `tokenizer.json`, written by `python -m multidiff_bpe` or any other lossless byte-level BPE in Hugging
-            Face's format. Without one a code is a byte, 256 in all.
+        file: a `tokenizer.json`, written by `python -m multidiff_bpe` or by Hugging Face's libraries: BPE, Unigram,
+            WordPiece or WordLevel.
+        preset: what to use in place of a file: "bytes", 256 codes, the bytes of UTF-8, which is also the default.
+            The preset "characters" is made from texts: see `train_characters`.
+
+    Attributes:
+        file_ids: the file's id of each code: the rows of a pretrained embedding that belong to the codes.
 
     Raises:
-        ValueError: the file is missing, damaged, or does not give every text back unchanged.
+        ValueError: the file is missing, damaged, lacks a token that it refers to, is random, or does not read what it
+            writes; names it. An unknown preset, or one beside a file.
     """
 
     modality = "text"
     variable_length = True
 
-    def __init__(self, file: str | None = None):
-        self._use(_plain_bytes() if file is None else _read(Path(file)))
+    def __init__(self, file: str | None = None, preset: str | None = None):
+        if file is not None and preset is not None:
+            raise ValueError(f"file {file!r} and preset {preset!r} exclude each other; name one")
+        if preset == "characters":
+            raise ValueError(
+                "the characters are those of your texts: `python -m multidiff_bpe --preset characters --data PATH "
+                "--output FOLDER`, then name the folder in place of the preset"
+            )
+        if preset not in (None, "bytes"):
+            raise ValueError(f"no preset is called {preset!r}; there are 'bytes' and 'characters'")
+        self._use(_pieces(_byte_level()) if file is None else _read(Path(file)))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -60,20 +83,38 @@ class BPETokenizer(ModalityTokenizer):
         """
         if vocab_size < len(BYTES):
             raise ValueError(f"vocab_size must be at least {len(BYTES)}, one for each byte, not {vocab_size}")
-        tokenizer = _plain_bytes()
+        tokenizer = _byte_level()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=BYTES, show_progress=False)
-        tokenizer.train_from_iterator((_valid(text) for text in texts), trainer)
+        tokenizer.train_from_iterator((valid(text) for text in texts), trainer)
         trained = cls()
-        trained._use(tokenizer)
+        trained._use(_pieces(tokenizer))
+        return trained
+
+    @classmethod
+    def train_characters(cls, texts: Iterable[str]) -> BPETokenizer:
+        """A code for each character (code point) of `texts`, after 256 for the bytes that spell all others in UTF-8.
+
+        Every string has codes, then: a character of the texts one, another as many as UTF-8 has bytes for it, 1 to 4.
+
+        Raises:
+            ItemError: a text is no valid Unicode.
+        """
+        characters = sorted(set().union(*map(valid, texts)))
+        vocabulary = [*(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+        model = models.BPE(vocab={piece: code for code, piece in enumerate(vocabulary)}, merges=[], byte_fallback=True)
+        tokenizer = Tokenizer(model)
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        trained = cls()
+        trained._use(_pieces(tokenizer))
         return trained
 
     def encode(self, items: list[str]) -> list[Codes]:
         # One by one: `encode_batch` starts threads, and a data loader that forks after that is warned at each batch.
-        return [self._codes(self._tokenizer.encode(_valid(item), add_special_tokens=False).ids) for item in items]
+        return [self._codes(self._pieces.split(valid(item))) for item in items]
 
     def decode(self, codes: list[Codes]) -> list[str]:
         """Codes to text. Bytes that are no valid UTF-8, which only codes that no text has can give, become U+FFFD."""
-        return [self._tokenizer.decode(one.ids_N.tolist(), skip_special_tokens=False) for one in codes]
+        return [self._pieces.join(one.ids_N.tolist()) for one in codes]
 
     def canvas(self, tokens: int = 32) -> Codes:
         if tokens < 0:
@@ -81,11 +122,11 @@ class BPETokenizer(ModalityTokenizer):
         return self._codes([0] * tokens)
 
     def read(self, value: Any, folder: Path) -> str:
-        return _valid(value)
+        return valid(value)
 
     def write(self, item: str, stem: Path) -> Path:
         path = stem.with_name(stem.name + ".txt")
-        _replace(path, _valid(item))
+        _replace(path, valid(item))
         return path
 
     def preview(self, item: str) -> Image.Image:
@@ -100,26 +141,28 @@ class BPETokenizer(ModalityTokenizer):
         return picture
 
     def examples(self) -> list[str]:
-        return ["", "seven", "a handwritten 7, or two", "  naïve\tΔίκη 你好 🙂\r\n\x00 e\u0301 \ufffd"]
+        """Of a few texts, the first pieces in a row one of them, those that have codes and come back with the same."""
+        first = self._pieces.join(list(range(min(8, *self.codebook_sizes))))
+        texts = ["", *PROBES, "  naïve\tΔίκη 你好 🙂\r\n\x00 e\u0301 \ufffd", first]
+        return [text for text in texts if self._pieces.stable(text)]
 
     @property
     def fingerprint(self) -> str:
-        state = json.loads(self._tokenizer.to_str())
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        decisive = [vocabulary, state["model"]["merges"], state["pre_tokenizer"]]
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the pieces and all that decides how text is cut into them and put together again."""
+        return self._pieces.fingerprint
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / FILE, self._tokenizer.to_str(pretty=True))
+        _replace(folder / FILE, self._pieces.content)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         return cls(str(folder / FILE))
 
-    def _use(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.codebook_sizes = (max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,)
+    def _use(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self.codebook_sizes = (len(pieces.tokens),)
+        self.file_ids = pieces.file_ids
 
     def _codes(self, ids: list[int]) -> Codes:
         ids_N = torch.tensor(ids, dtype=torch.int64)
@@ -127,55 +170,39 @@ class BPETokenizer(ModalityTokenizer):
         return Codes(ids_N, torch.zeros_like(ids_N), coords_N3, {"tokens": len(ids)})
 
 
-def _plain_bytes() -> Tokenizer:
+def _byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(BYTES)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _read(path: Path) -> Tokenizer:
-    """A lossless byte-level BPE, or `ValueError` that says why it is none."""
+def _pieces(tokenizer: Tokenizer) -> Pieces:
+    return Pieces(tokenizer.to_str(pretty=True), "the tokenizer")
+
+
+def _read(path: Path) -> Pieces:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the {FILE} in it")
     if not path.is_file():
         raise ValueError(f"{path} does not exist; train a tokenizer with `python -m multidiff_bpe`")
     try:
         content = path.read_text(encoding="utf-8")
-        model = json.loads(content)["model"]
-        tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # the library raises bare Exceptions
-        reason = f"missing {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is damaged or no tokenizer of Hugging Face's: {reason}") from None
-    fault = None
-    if model.get("type") != "BPE":
-        fault = f"its model is {model.get('type')}, not BPE"
-    elif model.get("unk_token") is not None:
-        fault = f"it has an unknown token, {model['unk_token']!r}"
-    elif missing := set(BYTES) - model["vocab"].keys():
-        fault = f"its vocabulary lacks {len(missing)} of the 256 bytes"
-    elif model.get("dropout"):
-        fault = "its merges drop out at random"
-    if fault:
-        raise ValueError(f"{path} is no byte-level BPE that fits: {fault}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # What else can lose text (normalizers, prefix spaces, splits that remove, added tokens that strip) shows here.
-    probe = "a  b " + "".join(map(chr, range(0x300))) + "e\u0301 \ufb01 \u212b 你 🙂 \r\n"
-    for text in [probe, *(f" x {token.content} y " for token in tokenizer.get_added_tokens_decoder().values())]:
-        back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
-        if back != text:
-            at = next(i for i, (a, b) in enumerate(zip_longest(text, back)) if a != b)
-            raise ValueError(f"{path} changes text: {text[at : at + 8]!r} came back as {back[at : at + 8]!r}")
-    return tokenizer
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no {FILE} of Hugging Face's: {error}") from None
+    return Pieces(content, str(path))
 
 
-def _valid(text: Any) -> str:
+def valid(text: Any) -> str:
+    """`text`, if it is some: a string that UTF-8 can hold; else `ItemError`."""
     if not isinstance(text, str):
-        raise ItemError(f"text must be a string, not {text!r}")
+        raise ItemError(f"text must be a string, not {repr(text)[:40]}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ItemError(
-            f"text {text[:40]!r} holds half of a surrogate pair at character {error.start}, which no UTF-8 file can"
+            f"text {text[:40]!r} holds half of a surrogate pair at character {error.start}, which no UTF-8 file can; "
+            "mend it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from None
     return text
 

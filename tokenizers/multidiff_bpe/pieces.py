@@ -1,0 +1,180 @@
+"""The pieces of a `tokenizer.json` of Hugging Face's: which there are, text to them and back.
+
+Shape suffixes: none; codes are lists of integers here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Set
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from multidiff.tokenizer import ItemError
+
+# Bytes that UTF-8 never uses may lack a piece: no text needs them.
+UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
+# Stands in the vocabulary for what has no piece. U+10FFFF is no character and never will be, so no text spells it.
+UNKNOWN = "\U0010ffff" * 8
+PROBES = ["seven", "a handwritten 7, or two"]
+
+
+class Pieces:
+    """BPE, Unigram, WordPiece or WordLevel, as a file describes it, less its special tokens.
+
+    A code is a piece's rank among the file's ids. Tokens that the file calls special, and its unknown token, have none:
+    text that spells them is cut into ordinary pieces. What the file adds at the ends of a text, truncation and padding
+    are left out too. Normalizer, pre-tokenizer and decoder are the file's own.
+
+    Args:
+        content: what is in the file.
+        source: the file's name, for errors.
+
+    Attributes:
+        tokens: each code's piece, in the file's spelling.
+        file_ids: each code's id in the file.
+
+    Raises:
+        ValueError: the content is damaged, refers to tokens that it lacks, is random, or garbles text; names `source`.
+    """
+
+    def __init__(self, content: str, source: str):
+        self.content, self.source = content, source
+        try:
+            whole = Tokenizer.from_str(content)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(
+                f"{source} is damaged or no tokenizer.json of Hugging Face's ({error}); transformers writes one with "
+                "`AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)`"
+            ) from None
+        state, ids = json.loads(whole.to_str()), whole.get_vocab(with_added_tokens=True)
+        hidden = {token["content"] for token in state["added_tokens"] if token["special"]} | {_unknown(state["model"])}
+        ordinary = ids.keys() - hidden
+        if fault := _fault(state, ids.keys(), ordinary):
+            raise ValueError(f"{source} cannot be used: {fault}")
+        self.tokens = sorted(ordinary, key=ids.__getitem__)
+        self.file_ids = [ids[token] for token in self.tokens]
+
+        self._tokenizer = Tokenizer.from_str(json.dumps(_without(state, hidden)))
+        inner = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._ids = [inner[token] for token in self.tokens]
+        self._codes = {index: code for code, index in enumerate(self._ids)}
+        self._check([token["content"] for token in state["added_tokens"] if token["content"] not in hidden])
+
+    def split(self, text: str) -> list[int]:
+        """Text to codes; `ItemError` names the character that has none."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            return [self._codes[index] for index in encoding.ids]
+        except KeyError as error:
+            start, stop = encoding.offsets[encoding.ids.index(error.args[0])]
+        # A whole word may be unknown for one character's sake, or for its length, which may be any.
+        for index in range(start, min(stop, start + 100)):
+            if not self._codes.keys() >= set(self._tokenizer.encode(text[index], add_special_tokens=False).ids):
+                start, stop = index, index + 1
+                break
+        raise ItemError(
+            f"text {text[:40]!r} holds {text[start:stop][:40]!r} at character {start}, for which {self.source} has no "
+            "code; take it out, or use a tokenizer that falls back to bytes"
+        )
+
+    def join(self, codes: list[int]) -> str:
+        """Codes to text. Bytes that are no valid UTF-8, which only codes that no text has can give, become U+FFFD."""
+        return self._tokenizer.decode([self._ids[code] for code in codes], skip_special_tokens=False)
+
+    def stable(self, text: str) -> bool:
+        """Whether text has codes, and what they stand for has the same."""
+        try:
+            codes = self.split(text)
+            return self.split(self.join(codes)) == codes
+        except ItemError:
+            return False
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the pieces and all that decides how text is cut into them and put together again."""
+        state = json.loads(self._tokenizer.to_str())
+        model = state["model"]
+        decisive: list[Any] = [
+            {token: code for code, token in enumerate(self.tokens)},
+            model.get("merges"),
+            state["pre_tokenizer"],
+        ]
+        # Said only where it differs from byte-level BPE: that one's digest was made before there were others.
+        more = {name: value for name, value in model.items() if value and name not in ("vocab", "merges", "unk_token")}
+        more["scores"] = model["vocab"] if model["type"] == "Unigram" else None
+        more |= {name: state[name] for name in ("normalizer", "decoder", "added_tokens")}
+        usual = {"type": "BPE", "scores": None, "normalizer": None, "added_tokens": []}
+        if (more["decoder"] or {}).get("type") == "ByteLevel":
+            usual["decoder"] = more["decoder"]
+        if more != usual:
+            decisive.append(more)
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def _check(self, added: list[str]) -> None:
+        """Refuse what would make nonsense of any text, for want of a decoder say."""
+        for text in PROBES:
+            try:
+                back = self.join(self.split(text))
+            except ItemError:  # an alphabet of its own, of bases or notes say
+                continue
+            if not self.stable(text):
+                raise ValueError(f"{self.source} does not read what it writes: {text!r} came back as {back!r}")
+        for token in added:
+            back = self.join([self.tokens.index(token)])
+            if "\ufffd" in back and "\ufffd" not in token:
+                raise ValueError(f"{self.source}: its added token {token!r} would come back as {back!r}")
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    return model["unk_token"] or None
+
+
+def _fault(state: dict[str, Any], tokens: Set[str], ordinary: Set[str]) -> str | None:
+    """Why a tokenizer that the library has built would fail later."""
+    model, unknown = state["model"], _unknown(state["model"])
+    if not ordinary:
+        return "it holds no tokens, or special ones only"
+    if model.get("dropout"):
+        return "its merges drop out at random; set dropout to null"
+    if unknown is not None and unknown not in tokens:
+        return f"its unknown token {unknown!r} is not in its vocabulary"
+    cutters = json.dumps([state["normalizer"], state["pre_tokenizer"]])
+    if model.get("byte_fallback"):
+        spelled = {byte: f"<0x{byte:02X}>" for byte in UTF8}
+    elif model["type"] in ("BPE", "Unigram") and '"ByteLevel"' in cutters:
+        spelled = {byte: spell_byte(byte) for byte in UTF8}
+    else:
+        return None
+    if missing := [byte for byte in UTF8 if spelled[byte] not in ordinary]:
+        first = f"{spelled[missing[0]]!r} for byte 0x{missing[0]:02X}"
+        return f"its vocabulary lacks {len(missing)} of the {len(UTF8)} bytes that texts are made of, first {first}"
+    return None
+
+
+def spell_byte(byte: int) -> str:
+    """How byte-level pieces write a byte: a visible character stands for itself, others follow from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return chr(byte if byte in visible else 0x100 + sum(other not in visible for other in range(byte)))
+
+
+def _without(state: dict[str, Any], hidden: set[str | None]) -> dict[str, Any]:
+    """The tokenizer without `hidden` tokens, with `UNKNOWN` for its unknown token and its last id."""
+    model = dict(state["model"])
+    if model["type"] == "Unigram":
+        kept = [piece for piece in model["vocab"] if piece[0] not in hidden]
+        model.update(vocab=[*kept, [UNKNOWN, 0.0]], unk_id=len(kept))
+    else:
+        kept = sorted(model["vocab"].keys() - hidden, key=model["vocab"].__getitem__)
+        model.update(vocab={token: index for index, token in enumerate([*kept, UNKNOWN])}, unk_token=UNKNOWN)
+    if "merges" in model:
+        cut = len(model["continuing_subword_prefix"] or "")
+        model["merges"] = [(a, b) for a, b in model["merges"] if hidden.isdisjoint((a, b, a + b[cut:]))]
+    added = [token for token in state["added_tokens"] if token["content"] not in hidden]
+    unused = {"post_processor": None, "truncation": None, "padding": None}
+    return {**state, **unused, "model": model, "added_tokens": added}
