@@ -1,0 +1,161 @@
+"""Judge a tokenizer on the items of a data folder: what it costs, what it keeps, how much of its codebooks it uses.
+
+    python scripts/evaluate.py tokenizer --data runs/demo/data --name image --tokenizer '{"plugin": "vq"}'
+
+Prints a table and ends with one line of JSON.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+from torchaudio.functional import resample
+from torchmetrics.functional.audio import perceptual_evaluation_speech_quality, short_time_objective_intelligibility
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from multidiff import Audio, Codes, ModalityTokenizer, plugins
+from multidiff.data.folder import read_metadata
+from multidiff_encodec.mel import MelLoss
+
+
+def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every number of one tokenizer, by what it says."""
+    made = plugins.build({arguments.name: arguments.tokenizer})[arguments.name]
+    made.to("cuda" if torch.cuda.is_available() else "cpu")
+    items = _items(made, arguments)
+    codes, encoding = _timed(made.encode, items, arguments.batch, "encoding")
+    restored, decoding = _timed(made.decode, codes, arguments.batch, "decoding")
+    again, _ = _timed(made.encode, restored, arguments.batch, "encoding again")
+    tokens = sum(map(len, codes))
+    found: dict[str, Any] = {
+        "items": len(items),
+        "codes an item": tokens / len(items),
+        "bits an item": sum(_bits(made, one) for one in codes) / len(items),
+        "codes a second, encoded": tokens / encoding,
+        "codes a second, decoded": tokens / decoding,
+        "codes that come back, decoded and encoded": _agreement(codes, again),
+        "saved and loaded, gives the same codes": _survives(made, items[: arguments.batch], codes),
+    }
+    for level, size in enumerate(made.codebook_sizes):
+        ids_N = torch.cat([one.ids_N[one.levels_N == level] for one in codes])
+        share_V = torch.bincount(ids_N, minlength=size) / max(1, len(ids_N))
+        entropy = float(torch.special.entr(share_V).sum())
+        found[f"level {level}: codes in use, of {size}"] = float((share_V > 0).float().mean())
+        found[f"level {level}: entropy, nats of {math.log(size):.2f}"] = entropy
+    found |= _quality(items, restored)
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:{width}}  {value:,.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
+    return found
+
+
+def _items(made: ModalityTokenizer, arguments: argparse.Namespace) -> list[Any]:
+    records = read_metadata(arguments.data, (arguments.split,))
+    values = {json.dumps(value): value for record in records for key, value in record.segments if key == arguments.name}
+    if not values:
+        raise ValueError(f"{arguments.data}: no document of split {arguments.split} has a segment {arguments.name!r}")
+    chosen = list(values.values())[: arguments.num]
+    return [made.read(value, arguments.data) for value in tqdm(chosen, desc="reading", leave=False)]
+
+
+def _timed(call: Callable[[list[Any]], list[Any]], inputs: list[Any], size: int, what: str) -> tuple[list[Any], float]:
+    outputs, seconds = [], 0.0
+    call(inputs[:size])  # warm up
+    for start in tqdm(range(0, len(inputs), size), desc=what, leave=False):
+        begun = time.perf_counter()
+        outputs += call(inputs[start : start + size])
+        seconds += time.perf_counter() - begun
+    return outputs, seconds
+
+
+def _bits(made: ModalityTokenizer, codes: Codes) -> float:
+    return float(torch.tensor(made.codebook_sizes, dtype=torch.float64)[codes.levels_N].log2().sum())
+
+
+def _agreement(codes: list[Codes], again: list[Codes]) -> float:
+    """Share of codes that are the same after a round trip through the item; none where the size has changed."""
+    same = sum(int((a.ids_N == b.ids_N).sum()) for a, b in zip(codes, again, strict=True) if len(a) == len(b))
+    return same / max(1, sum(map(len, codes)))
+
+
+def _survives(made: ModalityTokenizer, items: list[Any], codes: list[Codes]) -> bool:
+    with TemporaryDirectory() as folder:
+        made.save(Path(folder))
+        loaded = type(made).load(Path(folder))
+    same = loaded.fingerprint == made.fingerprint
+    pairs = zip(loaded.encode(items), codes[: len(items)], strict=True)
+    return same and all(torch.equal(a.ids_N, b.ids_N) for a, b in pairs)
+
+
+def _quality(items: list[Any], restored: list[Any]) -> dict[str, float]:
+    """What is kept, by what the items are; nothing for those that only their plugin knows."""
+    pairs = list(zip(items, restored, strict=True))
+    if isinstance(items[0], str):
+        exact = sum(one == other for one, other in pairs) / len(pairs)
+        return {"texts that come back unchanged": exact, "characters an item": sum(map(len, items)) / len(items)}
+    if isinstance(items[0], Image.Image):
+        scores = [_picture(one, other) for one, other in tqdm(pairs, desc="comparing", leave=False)]
+    elif isinstance(items[0], Audio):
+        scores = [_sound(one, other) for one, other in tqdm(pairs, desc="comparing", leave=False)]
+    else:
+        return {}
+    return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+
+
+def _picture(item: Image.Image, restored: Image.Image) -> dict[str, float]:
+    if item.has_transparency_data:
+        item = Image.alpha_composite(Image.new("RGBA", item.size, "white"), item.convert("RGBA"))
+    one_1CHW, other_1CHW = (
+        pil_to_tensor(picture.convert(restored.mode)).float()[None] / 255 for picture in (item, restored)
+    )
+    return {
+        "PSNR, dB": float(peak_signal_noise_ratio(other_1CHW, one_1CHW, data_range=1.0)),
+        "SSIM": float(structural_similarity_index_measure(other_1CHW, one_1CHW, data_range=1.0)),  # pyright: ignore[reportArgumentType]
+    }
+
+
+def _sound(item: Audio, restored: Audio) -> dict[str, float]:
+    rate = restored.sample_rate
+    one_T = resample(item.waveform.mean(0), item.sample_rate, rate)
+    other_T = restored.waveform.mean(0)[: len(one_T)]
+    other_T = torch.nn.functional.pad(other_T, (0, len(one_T) - len(other_T)))
+    scores = {"mel distance": float(MelLoss(rate)(other_T[None], one_T[None]))}
+    if find_spec("pystoi"):
+        scores["STOI"] = float(short_time_objective_intelligibility(other_T, one_T, rate))
+    if find_spec("pesq") and rate in (8_000, 16_000):
+        mode = "nb" if rate == 8_000 else "wb"
+        scores["PESQ"] = float(perceptual_evaluation_speech_quality(other_T, one_T, rate, mode))
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="tokenizer")
+    one = commands.add_parser("tokenizer", help="what it costs, keeps and uses")
+    one.add_argument("--tokenizer", type=json.loads, required=True, help='as in YAML: {"plugin": "vq", …}')
+    one.add_argument("--name", required=True, help="its key in the data folder's metadata.jsonl")
+    one.add_argument("--data", type=Path, required=True, help="a data folder")
+    one.add_argument("--split", default="test", help="train, validation or test (default: test)")
+    one.add_argument("--num", type=int, default=1000, help="the most items (default: 1000)")
+    one.add_argument("--batch", type=int, default=64, help="items at a time (default: 64)")
+    one.set_defaults(run=tokenizer)
+    arguments = parser.parse_args()
+    try:
+        print(json.dumps(arguments.run(arguments)))
+    except (ValueError, ImportError) as error:
+        sys.exit(f"evaluate.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
