@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m demo", description="From data to report in ten minutes.")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for all (default: runs/demo)")
     parser.add_argument("--config", default="configs/digits.yaml", help="of the model (default: configs/digits.yaml)")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training (default: 5)")
+    parser.add_argument("--minutes", type=float, default=4.8, help="of training (default: 4.8)")
     parser.add_argument("--pictures", type=int, default=10_000, help="in the data set (default: 10000)")
     parser.add_argument("--num", type=int, default=320, help="samples judged in each direction (default: 320)")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights, noise and sampling (default: 0)")

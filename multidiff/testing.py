@@ -238,10 +238,13 @@ def _check_extremes(tokenizer: ModalityTokenizer) -> None:
         except ValueError:
             _expect(not tokenizer.variable_length, f"canvas(**{size}) must be possible: length varies")
             continue
-        (item,) = tokenizer.decode([drawn])
-        (back,) = tokenizer.encode([item])
-        _check_codes(tokenizer, back, f"encode(decode(codes of size {size}))")
-        _expect(back.size == size, f"an item decoded from codes of size {size} has size {back.size}")
+        codes = tokenizer.encode(tokenizer.decode([drawn]))
+        _check_codes(tokenizer, codes[0], f"encode(decode(codes of size {size}))")
+        (back,) = tokenizer.encode(tokenizer.decode(codes))
+        _expect(
+            back.size == codes[0].size,
+            f"a decoded item must have the size of its original: {codes[0].size} became {back.size}",
+        )
 
 
 def _check_threads(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Codes]) -> None:

@@ -110,7 +110,10 @@ ORDERS = {"text": ("random", "confidence", "margin", "entropy", "left_to_right")
           "speech": ("random", "confidence", "margin", "entropy", "left_to_right")}  # fmt: skip
 TASKS = {"image_to_text": ("image", "text"), "text_to_image": ("text", "image"), "text_to_audio": ("text", "speech")}
 ADAPTIVE = [
-    *({"order": "confidence", "count": "threshold", "threshold": value} for value in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)),
+    *(
+        {"order": "confidence", "count": "threshold", "threshold": value}
+        for value in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    ),
     *({"order": "confidence", "count": "factor", "factor": value} for value in (1.0, 2.0, 4.0, 8.0)),
     *({"order": "entropy", "count": "entropy_bound", "entropy_bound": value} for value in (1.0, 3.0, 8.0, 12.0, 16.0)),
 ]
@@ -148,21 +151,18 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
             {
                 "task": task,
                 "order": options["order"],
-                "count": _count(options),
+                "count": options["count"],
+                "rule": _rule(options),
                 "adaptive": "num_inference_steps" not in options,
                 "score": float((judged == digits).float().mean()),
+                "items": len(items),
                 "nfe": sum(output.nfe) / len(output.nfe),
                 "seconds": seconds / len(items),
             }
         )
-    print("| task | order | count | score | passes | ms each |\n|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['task']} | {row['order']} | {row['count']} | {row['score']:.3f} | {row['nfe']:.1f} "
-            f"| {1000 * row['seconds']:.1f} |"
-        )
+    _print_tables(rows)
     _plot(rows, arguments.plot)
-    return {task: _ratios([row for row in rows if row["task"] == task], arguments.num) for task in TASKS}
+    return {task: _ratios([row for row in rows if row["task"] == task]) for task in TASKS}
 
 
 def _plans(pipe: MultiDiffPipeline, made: str) -> list[dict[str, Any]]:
@@ -178,12 +178,31 @@ def _plans(pipe: MultiDiffPipeline, made: str) -> list[dict[str, Any]]:
     return scheduled + ADAPTIVE
 
 
-def _count(options: dict[str, Any]) -> str:
+def _rule(options: dict[str, Any]) -> str:
     value = options.get("num_inference_steps", options.get(options["count"]))
     return f"{options['count']} {value}"
 
 
-def _ratios(rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
+def _print_tables(rows: list[dict[str, Any]]) -> None:
+    """Right answers by order and schedule, in as many forward passes as it says; then what adaptive rules take."""
+    for task in TASKS:
+        mine = [row for row in rows if row["task"] == task and not row["adaptive"]]
+        columns = sorted({(row["nfe"], row["count"]) for row in mine}, key=lambda column: (-column[0], column[1]))
+        print(f"\n| {task} | {' | '.join(f'{count}, {nfe:.0f} passes' for nfe, count in columns)} |")
+        print("|---" * (1 + len(columns)) + "|")
+        for order in dict.fromkeys(row["order"] for row in mine):
+            scores = {(row["nfe"], row["count"]): row["score"] for row in mine if row["order"] == order}
+            cells = [f"{scores[column]:.3f}" if column in scores else "" for column in columns]
+            print(f"| {order} | {' | '.join(cells)} |")
+    adaptive = [row for row in rows if row["adaptive"]]
+    print(f"\n| rule | {' | '.join(TASKS)} |\n{'|---' * (1 + len(TASKS))}|")
+    for rule in dict.fromkeys(row["rule"] for row in adaptive):
+        cells = [f"{row['score']:.3f} in {row['nfe']:.1f} passes" for row in adaptive if row["rule"] == rule]
+        print(f"| {rule} | {' | '.join(cells)} |")
+    print()
+
+
+def _ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """By order: the cheapest adaptive rule that is as good as one code a step in that order, within one standard error
     of the difference, and what it saves."""
     ratios: dict[str, Any] = {}
@@ -192,13 +211,13 @@ def _ratios(rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
         one = max((row for row in mine if not row["adaptive"]), key=lambda row: row["nfe"])
 
         def as_good(row: dict[str, Any], one: dict[str, Any] = one) -> bool:
-            error = (sum(score * (1 - score) for score in (row["score"], one["score"])) / number) ** 0.5
+            error = (sum(score * (1 - score) for score in (row["score"], one["score"])) / row["items"]) ** 0.5
             return row["adaptive"] and row["score"] >= one["score"] - error
 
         ratios[order] = {"one_per_step": round(one["score"], 3)}
         for best in sorted(filter(as_good, mine), key=lambda row: row["nfe"])[:1]:
             ratios[order] |= {
-                "rule": best["count"],
+                "rule": best["rule"],
                 "score": round(best["score"], 3),
                 "passes": round(best["nfe"] / one["nfe"], 3),
                 "seconds": round(best["seconds"] / one["seconds"], 3),

@@ -232,6 +232,36 @@ def test_files_are_read_at_their_own_rate_and_bad_ones_named(tokenizer, tmp_path
         tokenizer.read(7, tmp_path)
 
 
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+def test_wave_files_of_any_depth_are_read(tokenizer, tmp_path, subtype):
+    ramp_T = np.linspace(-0.9, 0.9, 400, dtype=np.float32)
+    soundfile.write(tmp_path / "a.wav", ramp_T, 8_000, subtype=subtype)
+    np.testing.assert_allclose(tokenizer.read("a.wav", tmp_path).waveform[0], ramp_T, atol=0.01)
+
+
+def test_floats_are_clipped_and_nan_is_named(tokenizer, tmp_path):
+    soundfile.write(tmp_path / "loud.wav", np.array([0.5, 3.0, -2.0], np.float32), 8_000, subtype="FLOAT")
+    assert tokenizer.read("loud.wav", tmp_path).waveform.tolist() == [[0.5, 1.0, -1.0]]
+    soundfile.write(tmp_path / "nan.wav", np.array([0.5, np.nan], np.float32), 8_000, subtype="FLOAT")
+    with pytest.raises(ItemError, match="not finite"):
+        tokenizer.encode([tokenizer.read("nan.wav", tmp_path)])
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_files_that_end_too_soon_are_named(tokenizer, tmp_path, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 8_000), 8_000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ItemError, match=rf"cut\.{suffix} is (cut off|no readable)"):
+        tokenizer.read(path.name, tmp_path)
+
+
+def test_absurd_lengths_are_refused_before_they_are_read(tokenizer, tmp_path):
+    soundfile.write(tmp_path / "long.flac", np.zeros(3601 * 100, np.int16), 100)
+    with pytest.raises(ItemError, match=r"long.flac lasts 3,601 s, and at most 3,600 s"):
+        tokenizer.read("long.flac", tmp_path)
+
+
 def test_written_sound_comes_back(tokenizer, tmp_path):
     sound = noise(100)
     path = tokenizer.write(sound, tmp_path / "a.b")

@@ -20,15 +20,39 @@ from torchaudio.transforms import Resample
 from multidiff.tokenizer import Audio, ItemError
 
 
+MOST_SECONDS = 3600  # of a file
+
+
 def read_sound(path: Path) -> Audio:
-    """A WAV, FLAC, OGG or MP3 file at its own rate; `ItemError` when it is missing or damaged."""
+    """A WAV (8 to 32 bits, float), FLAC, OGG or MP3 file at its own rate; floats beyond ±1 are clipped.
+
+    Raises:
+        ItemError: the file is missing, damaged, cut off, or longer than `MOST_SECONDS`; names it.
+    """
     if not path.is_file():
         raise ItemError(f"{path} does not exist")
     try:
-        samples_TC, sample_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            frames, sample_rate = file.frames, file.samplerate
+            if frames > MOST_SECONDS * sample_rate:
+                raise ItemError(
+                    f"{path} lasts {frames / sample_rate:,.0f} s, and at most {MOST_SECONDS:,} s are read; cut it up"
+                )
+            samples_TC = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise ItemError(f"{path} is no readable sound file ({error}); WAV, FLAC, OGG and MP3 are") from None
-    return Audio(torch.from_numpy(np.ascontiguousarray(samples_TC.T)), sample_rate)
+    if len(samples_TC) < frames or _is_cut(path):
+        raise ItemError(f"{path} is cut off after {len(samples_TC):,} samples; copy it again or leave it out")
+    return Audio(torch.from_numpy(np.ascontiguousarray(samples_TC.T)).clamp(-1, 1), sample_rate)
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a WAV file is shorter than it says; libsndfile takes what is there. Streams say 0 or the largest size."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    size = int.from_bytes(head[4:8], "little")
+    is_wave = head[:4] == b"RIFF" and head[8:] == b"WAVE"
+    return is_wave and size not in (0, 2**32 - 1) and path.stat().st_size < size
 
 
 def write_sound(sound: Audio, path: Path) -> None:
