@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torchaudio.functional import resample
-from torchmetrics.functional.audio import perceptual_evaluation_speech_quality, short_time_objective_intelligibility
+from torchmetrics.functional.audio.pesq import perceptual_evaluation_speech_quality
+from torchmetrics.functional.audio.stoi import short_time_objective_intelligibility
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm

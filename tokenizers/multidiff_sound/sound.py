@@ -19,7 +19,6 @@ from torchaudio.transforms import Resample
 
 from multidiff.tokenizer import Audio, ItemError
 
-
 MOST_SECONDS = 3600  # of a file
 
 

@@ -1,0 +1,74 @@
+"""`scripts/evaluate.py tokenizer`: numbers of pictures, sounds, texts and of what only a plugin knows."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("evaluate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random, lines = np.random.default_rng(0), []
+    for number in range(6):
+        Image.fromarray(random.integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        soundfile.write(tmp_path / f"{number}.wav", random.uniform(-0.5, 0.5, 8_000), 8_000)
+        parts = [{"image": f"{number}.png"}, {"speech": f"{number}.wav"}, {"text": "seven" * (number + 1)}]
+        lines.append(json.dumps({"split": "test", "segments": parts}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def evaluate(main, monkeypatch, capsys, folder, name, tokenizer):
+    command = ["evaluate.py", "tokenizer", "--data", str(folder), "--name", name, "--tokenizer", json.dumps(tokenizer)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_pictures(main, monkeypatch, capsys, folder):
+    found = evaluate(main, monkeypatch, capsys, folder, "image", {"plugin": "vq", "weights": "digits"})
+    assert found["items"] == 6
+    assert found["codes an item"] == 16
+    assert found["bits an item"] == 16 * 5
+    assert found["saved and loaded, gives the same codes"]
+    assert 0 < found["codes that come back, decoded and encoded"] <= 1
+    assert 0 < found["level 0: codes in use, of 32"] <= 1
+    assert 0 < found["level 0: entropy, nats of 3.47"] <= math.log(32)
+    # Noise is nothing that a codec of digits could keep.
+    assert 3 < found["PSNR, dB"] < 12
+    assert found["SSIM"] < 0.3
+
+
+def test_sounds(main, monkeypatch, capsys, folder):
+    found = evaluate(main, monkeypatch, capsys, folder, "speech", {"plugin": "encodec", "weights": "words-8khz"})
+    assert found["codes an item"] == 25
+    assert found["mel distance"] > 0.1
+
+
+def test_texts(main, monkeypatch, capsys, folder):
+    found = evaluate(main, monkeypatch, capsys, folder, "text", {"plugin": "bpe"})
+    assert found["texts that come back unchanged"] == 1
+    assert found["characters an item"] == found["codes an item"] == 5 * 3.5
+    # Of five letters two are the same.
+    assert found["level 0: entropy, nats of 5.55"] == pytest.approx(math.log(5) - 0.4 * math.log(2))
+    assert found["level 0: codes in use, of 256"] == 4 / 256
+
+
+def test_what_is_not_there_is_named(main, monkeypatch, capsys, folder):
+    with pytest.raises(SystemExit, match=r"no document of split test has a segment 'sound'"):
+        evaluate(main, monkeypatch, capsys, folder, "sound", {"plugin": "bpe"})
