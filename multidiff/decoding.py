@@ -4,8 +4,8 @@ A `Run` is one tokenizer's unknown positions in a compact table, for its sampler
 what all runs need, in one forward pass, and writes back what they decide. Nothing here knows an item.
 
 Tables stay on the CPU, where they are cheap to read; only what the transformer sees and its logits are on its device.
-A step sends tokens and places there, and reads back one small table for each tokenizer, the candidates, which is the
-only time that it waits.
+A step sends tokens and places there, and reads back one small table for each tokenizer, the candidates. It waits for
+nothing else, but where `forbidden`, `forced` or lengths are set for whether they left anything to draw.
 
 Shape suffixes: B rows = documents, L row length, P = B·L, S segments or selected rows, R documents that have unknown
 codes of a tokenizer, N such codes of a document, M positions whose logits a step reads, V local ids, A columns computed
@@ -300,8 +300,8 @@ class Decoder:
     def _decide(self, run: Run, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, Tensor]) -> None:
         conditional_MV, *unconditional = logits.values[run.name]
         row_M = torch.nonzero(where_RN)[:, 0]
-        like = {"device": conditional_MV.device, "dtype": conditional_MV.dtype, "non_blocking": True}
-        guided = {key: scales[key][row_M, None].to(**like) for key in logits.keys if key in scales}
+        sent = {key: self._sent(scales[key][row_M, None]) for key in logits.keys if key in scales}
+        guided = {key: scale_M1.to(conditional_MV.dtype) for key, scale_M1 in sent.items()}
         null_of = dict(zip(logits.keys, unconditional, strict=True))
         logits_MV = guide(conditional_MV, [(null_of[key], scale_M1) for key, scale_M1 in guided.items()])
         inside = torch.nonzero(run.inside_RN[where_RN]).flatten()
