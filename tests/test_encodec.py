@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Audio, Codes, ItemError
 from multidiff_encodec import EncodecTokenizer
-from multidiff_encodec.codebook import codebooks_of
 from multidiff_encodec.data import SoundData
 from multidiff_encodec.folder import read_codec, write_codec
 from multidiff_encodec.mel import MelLoss
-from multidiff_encodec.model import PRESETS, CodecConfig, build_model
+from multidiff_encodec.model import PRESETS, CodecConfig, build_model, codebooks_of, mark_started
 from multidiff_encodec.training import EncodecTraining
 
 TINY = {
@@ -46,6 +45,7 @@ def random_model(config=CONFIG, seed=0):
         for book in codebooks_of(model.quantizer):
             book.start(residual_ND, generator)
             residual_ND = residual_ND - book.nearest(residual_ND)
+    mark_started(model.quantizer)
     return model
 
 
@@ -124,7 +124,7 @@ def test_the_layout_of_metas_24_khz_checkpoint(tmp_path):
         meta = EncodecModel.encodec_model_24khz(pretrained=False)
         meta.set_target_bandwidth(1.5)
         for book in codebooks_of(meta.quantizer):
-            book.embed_VD.normal_(0, 0.1)
+            book.codes_VD.normal_(0, 0.1)
     torch.save(meta.state_dict(), tmp_path / "encodec_24khz.th")
     tokenizer = EncodecTokenizer(str(tmp_path / "encodec_24khz.th"), codebooks=2)
     assert tokenizer.codebook_sizes == (1024, 1024)
@@ -347,10 +347,11 @@ def tones(tmp_path_factory):
     return folder
 
 
-def fit(tones, output, ckpt_path=None):
-    training = EncodecTraining("words-8khz", str(output / "codec"), TINY, 5e-3, continuous_steps=5, warmup_steps=5)
+def fit(tones, output, ckpt_path=None, steps=40, **settings):
+    common = {"learning_rate": 5e-3, "momentum": 0.8, "continuous_steps": 5, "warmup_steps": 5, **settings}
+    training = EncodecTraining("words-8khz", str(output / "codec"), TINY, **common)
     trainer = Trainer(
-        max_steps=40, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[ModelCheckpoint(output / "checkpoints", filename="{step}", every_n_train_steps=22, save_top_k=-1)],
     )  # fmt: skip
     data = SoundData(str(tones), sample_rate=8_000, samples=1_024, batch_size=4)
@@ -381,6 +382,24 @@ def test_training_uses_every_level_learns_and_resumes_to_the_same_weights(tones,
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*exists and is not empty.*")
+def test_an_adversary_sets_in_when_it_is_its_turn_and_resumes_to_the_same_weights(tones, tmp_path):
+    settings = {"steps": 24, "adversary": 1.0, "adversary_from": 0.5, "discriminator_filters": 4}
+    trainer = fit(tones, tmp_path, **settings)
+    training = trainer.lightning_module
+    assert training.balancer.steps_I.tolist() == [24, 12, 12]
+    assert trainer.callback_metrics["train/discriminator"] > 0
+    assert trainer.callback_metrics["train/features"] > 0
+    untouched = EncodecTraining("words-8khz", "unused", TINY, **{k: v for k, v in settings.items() if k != "steps"})
+    names = dict(untouched.discriminator.named_parameters())
+    assert any(not torch.equal(names[name], weight) for name, weight in training.discriminator.named_parameters())
+
+    expected = load_file(tmp_path / "codec" / "model.safetensors")
+    fit(tones, tmp_path, ckpt_path=tmp_path / "checkpoints" / "step=22.ckpt", **settings)
+    resumed = load_file(tmp_path / "codec" / "model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
 def test_training_data_is_cut_or_padded_and_the_same_for_the_same_seed(tones):
     one, same, other = (
         next(iter(SoundData(str(tones), 8_000, 1_024, seed=seed).train_dataloader())) for seed in (0, 0, 1)
@@ -402,6 +421,8 @@ def test_training_names_what_is_missing(tones):
 def test_presets_fit_their_names():
     assert {name: (config.sample_rate, config.hop) for name, config in PRESETS.items()} == {
         "words-8khz": (8_000, 320),
+        "8khz": (8_000, 320),
         "16khz": (16_000, 320),
+        "24khz": (24_000, 320),
         "meta-24khz": (24_000, 320),
     }

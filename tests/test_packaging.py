@@ -26,7 +26,14 @@ SHIPPED = {
     "multidiff": ROOT / "multidiff",
     **{
         name: ROOT / "tokenizers" / name
-        for name in ("multidiff_bpe", "multidiff_codec", "multidiff_encodec", "multidiff_sound", "multidiff_vq")
+        for name in (
+            "multidiff_autoencoder",
+            "multidiff_bpe",
+            "multidiff_codec",
+            "multidiff_encodec",
+            "multidiff_sound",
+            "multidiff_vq",
+        )
     },
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -176,7 +183,7 @@ def normal(requirement):
     [
         ("multidiff", []),
         ("multidiff/template", ["dev"]),
-        ("tokenizers", []),
+        ("tokenizers", ["quantizers"]),
         ("examples", ["dev"]),
         ("demo", ["demo"]),
         ("scripts", ["demo", "evaluate"]),
@@ -210,7 +217,7 @@ def test_the_framework_imports_no_tokenizer_and_no_demo():
 
 
 def test_only_the_encodec_plugin_needs_the_package_that_is_not_free_for_commerce():
-    for name in ("multidiff_codec", "multidiff_sound"):
+    for name in ("multidiff_autoencoder", "multidiff_codec", "multidiff_sound"):
         used = {imported for _, imported in imports(ROOT / "tokenizers" / name)}
         assert not used & {"encodec", "multidiff_encodec"}
 

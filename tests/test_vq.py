@@ -5,6 +5,7 @@ import logging
 import shutil
 import struct
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from multidiff.tokenizer import Codes, ItemError
 from multidiff_vq import VQTokenizer
 from multidiff_vq.folder import write_model
 from multidiff_vq.pictures import convert
+from multidiff_vq.presets import PRESETS
+from multidiff_vq.quantizers import codebook_arguments, fixed_quantizer, quantize
 from multidiff_vq.training import PictureData, VQTraining
 
 MNIST = Path(__file__).parents[1] / "demo" / "data" / "mnist10k.npz"
@@ -320,57 +323,114 @@ def data_folder(tmp_path_factory):
     return folder
 
 
-def fit(data_folder, folder, steps, resume=None):
+def fit(data_folder, folder, resume=None, **settings):
     seed_everything(0, verbose=False)
-    module = VQTraining(arguments(mid_block_add_attention=False), str(folder / "tokenizer"), continuous_steps=2)
+    module = VQTraining("rgb-32", str(folder / "tokenizer"), arguments(), **{**HASTY, **settings})
     data = PictureData(str(data_folder), channels=3, height=16, width=16, batch_size=8)
     trainer = Trainer(
         accelerator="cpu", max_epochs=4, max_steps=-1, limit_train_batches=3, logger=TensorBoardLogger(folder, "log"),
         callbacks=[ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)],
-        log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1, gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    assert trainer.global_step == steps
+    assert trainer.global_step == 12
     return module
+
+
+HASTY = {"continuous_steps": 2, "learning_rate": 1e-2, "warmup_steps": 1}
+QUANTIZERS = {
+    "vq": {},
+    "fsq": {"quantizer": "fsq", "levels": [4, 3, 2]},
+    "lfq": {"quantizer": "lfq"},
+    "opposed": {"adversary": 0.5, "gradient": 0.5, "rate": 0.01, "flip": 0.5},
+}
 
 
 # Lightning 2.6 warns of itself, of few workers, and of a checkpoint from another folder.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*num_workers.*", "ignore:.*dirpath has changed.*")
-def test_training_uses_the_codebook_resumes_exactly_and_exports(data_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_training_uses_the_codebook_resumes_exactly_and_exports(settings, data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "level", logging.ERROR)
-    module = fit(data_folder, tmp_path / "whole", 12)
+    module = fit(data_folder, tmp_path / "whole", **settings)
     events = EventAccumulator(str(next((tmp_path / "whole").glob("log/version_*"))))
     events.Reload()
     losses = [event.value for event in events.Scalars("train/reconstruction")]
     assert losses[-1] < losses[0]
-    assert events.Scalars("val/codebook_usage")[-1].value > 0.5
-    assert events.Scalars("val/codebook_perplexity")[-1].value > 4
+    learned = "quantizer" not in settings  # grids and cubes are filled as a longer training goes on
+    assert events.Scalars("val/codebook_usage")[-1].value > (0.5 if learned else 0)
+    assert events.Scalars("val/codebook_perplexity")[-1].value > (4 if learned else 1)
     assert events.Images("reconstructions")
+    if "adversary" in settings:
+        assert [event.step for event in events.Scalars("train/discriminator")] == list(range(6, 12))  # the second half
+        assert events.Scalars("train/weight")[-1].value > 0
 
-    resumed = fit(data_folder, tmp_path / "resumed", 12, tmp_path / "whole" / "step=5.ckpt")
+    resumed = fit(data_folder, tmp_path / "resumed", tmp_path / "whole" / "step=8.ckpt", **settings)
     for one, other in zip(module.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
     tokenizer = VQTokenizer(str(tmp_path / "whole" / "tokenizer"))
     assert tokenizer.canvas().size == {"height": 16, "width": 16}
+    assert tokenizer.codebook_sizes == (24 if "levels" in settings else 16,)
     plain = VQModel.from_pretrained(tmp_path / "whole" / "tokenizer", low_cpu_mem_usage=False)
     signal = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         assert torch.equal(plain.eval()(signal).sample, module.model.eval()(signal).sample)
 
 
-def test_a_code_out_of_use_moves_to_a_latent(monkeypatch):
-    module = VQTraining(arguments(), "unused", continuous_steps=0)
-    monkeypatch.setattr(VQTraining, "all_gather", lambda self, tensor: tensor)
-    module._trainer = type("Endless", (), {"global_step": 0, "max_steps": 100, "max_epochs": None, "callbacks": []})()
-    latents_BDhw = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    module._quantize(latents_BDhw)
-    module.codebook[3] = 1e3
-    module.count_V[3] = 0
-    module.sum_VD[3] = 0
-    module._quantize(latents_BDhw)
-    latents_ND = latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
-    assert (latents_ND == module.codebook[3]).all(1).any()
+@pytest.mark.parametrize(("name", "codes", "levels"), [("fsq", 0, [8, 5, 2, 3]), ("lfq", 32, None)])
+def test_a_fixed_quantizer_takes_the_nearest_code_of_the_model(name, codes, levels):
+    changes = codebook_arguments(name, codes, levels)
+    model = VQModel(**arguments(**changes))
+    fixed = fixed_quantizer(name, model, levels).train()
+    width = changes["vq_embed_dim"]
+    latents_BDhw = 2 * torch.randn(8, width, 6, 6, generator=torch.Generator().manual_seed(0))
+    quantized_BDhw, ids_Bhw, _ = quantize(fixed, latents_BDhw)
+    by_model_BDhw, _, (_, _, by_model) = model.quantize(latents_BDhw)
+    assert torch.equal(by_model.reshape(ids_Bhw.shape), ids_Bhw)
+    torch.testing.assert_close(quantized_BDhw, by_model_BDhw)
+
+
+def test_the_entropy_of_lfq_is_that_of_each_choice_less_that_of_all():
+    model = VQModel(**arguments(**codebook_arguments("lfq", 8, None)))
+    fixed = fixed_quantizer("lfq", model, None).train()
+    latents_BDhw = 0.02 * torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    _, _, loss = quantize(fixed, latents_BDhw)
+    latents_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, 3)
+    corners_VD = torch.tensor(list(product([-1.0, 1.0], repeat=3)))
+    # Of latents z and corners c: softmax of 2·100·z·c, the package's inverse temperature.
+    share_NV = torch.softmax(200 * latents_ND @ corners_VD.T, -1)
+    expected = torch.special.entr(share_NV).sum(-1).mean() - torch.special.entr(share_NV.mean(0)).sum()
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-3)  # the package's logarithm stops at 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preset": "rgb-33"}, "no size is called 'rgb-33'; known: digits-32"),
+        ({"settings": {"depth": 3}}, "settings of size 'rgb-32': .*'depth'"),
+        ({"quantizer": "fsq"}, "fsq has levels such as"),
+        ({"quantizer": "lfq", "levels": [8, 8]}, "fsq has levels such as"),
+        ({"quantizer": "fsq", "levels": [8, 1]}, "must each be at least 2"),
+        ({"quantizer": "lfq", "settings": {"num_vq_embeddings": 1000}}, "power of two as its size, not 1000"),
+        ({"perceptual": 1.0}, "one needs the other"),
+        ({"perceptual": 1.0, "backbone": "vgg.pth"}, "vgg.pth: no such file"),
+        ({"adversary": -1.0}, "adversary -1.0 must be 0 or more"),
+    ],
+)
+def test_settings_of_a_training_that_cannot_be_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        VQTraining(**{"preset": "rgb-32", "folder": "unused", **changes})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_sizes_have_16_to_1024_codes_of_a_picture(name):
+    with torch.device("meta"):
+        model = VQModel(**PRESETS[name])
+    pixels = PRESETS[name]["sample_size"]
+    signal = torch.zeros(1, PRESETS[name]["in_channels"], pixels, pixels, device="meta")
+    codes = model.encode(signal).latents.shape[2:].numel()
+    assert 32 <= pixels <= 512
+    assert 16 <= codes <= 1024
 
 
 def test_training_data_errors_name_the_folder_or_the_file(data_folder, tmp_path):

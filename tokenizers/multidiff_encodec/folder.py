@@ -15,8 +15,7 @@ import torch
 from encodec.model import EncodecModel
 from torch import Tensor
 
-from multidiff_encodec.codebook import codebooks_of
-from multidiff_encodec.model import PRESETS, CodecConfig, build_model
+from multidiff_encodec.model import PRESETS, CodecConfig, build_model, codebooks_of, mark_started
 from multidiff_sound.folder import CONFIG, WEIGHTS, read_json, read_weights, write_folder
 
 # What a codebook's training alone needs: not written, and made up where it is not found.
@@ -111,10 +110,10 @@ def _load(model: EncodecModel, state: Mapping[str, Tensor], file: Path) -> None:
                 f"{file}: {name} is {list(found[name].shape)}, its configuration says {list(tensor.shape)}"
             )
     model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
+    mark_started(model.quantizer)
     for book in codebooks_of(model.quantizer):
-        book.started_1.fill_(1.0)
         book.count_V.fill_(1.0)
-        book.sum_VD.copy_(book.embed_VD)
+        book.sum_VD.copy_(book.codes_VD)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ import torch
 from encodec.model import EncodecModel
 from encodec.modules import SEANetDecoder, SEANetEncoder
 from encodec.quantization import ResidualVectorQuantizer
+from torch import nn
+
+from multidiff_autoencoder.codebook import Codebook
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,15 @@ PRESETS = {
         8_000, codebooks=1, codebook_size=64, dimension=64, encoder_filters=8, decoder_filters=12, lstm_layers=1,
         causal=False, convolved_skip=False,
     ),
-    "16khz": CodecConfig(
-        16_000, codebooks=4, dimension=128, encoder_filters=16, decoder_filters=24, lstm_layers=1, causal=False,
+    "8khz": CodecConfig(
+        8_000, codebooks=2, dimension=128, encoder_filters=12, decoder_filters=16, lstm_layers=1, causal=False,
         convolved_skip=False,
-    ),
+    ),  # 25 frames/s, 0.5 kbit/s
+    "16khz": CodecConfig(
+        16_000, codebooks=3, dimension=128, encoder_filters=12, decoder_filters=20, lstm_layers=1, causal=False,
+        convolved_skip=False,
+    ),  # 50 frames/s, 1.5 kbit/s
+    "24khz": CodecConfig(24_000, codebooks=8, causal=False),  # 75 frames/s, 6 kbit/s
     "meta-24khz": CodecConfig(24_000, codebooks=32),
 }  # fmt: skip
 
@@ -98,3 +106,19 @@ def build_model(config: CodecConfig, seed: int = 0) -> EncodecModel:
         quantizer = ResidualVectorQuantizer(config.dimension, config.codebooks, config.codebook_size)
         model = EncodecModel(encoder, decoder, quantizer, [], config.sample_rate, channels=1)
     return model.eval()
+
+
+def codebooks_of(quantizer: ResidualVectorQuantizer) -> list[Codebook]:
+    """Views of the package's codebooks, first level first."""
+    names = ("embed", "cluster_size", "embed_avg")
+    return [Codebook(*(book.get_buffer(name) for name in names)) for book in _books(quantizer)]
+
+
+def mark_started(quantizer: ResidualVectorQuantizer) -> None:
+    """The codes are set: the package is not to start them from the first sounds it meets."""
+    for book in _books(quantizer):
+        book.get_buffer("inited").fill_(1.0)
+
+
+def _books(quantizer: ResidualVectorQuantizer) -> list[nn.Module]:
+    return [layer.get_submodule("_codebook") for layer in quantizer.vq.layers]

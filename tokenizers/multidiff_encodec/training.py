@@ -1,14 +1,17 @@
 """Training of a codec with Lightning: `multidiff fit --config configs/tokenizers/encodec_words.yaml`.
 
-The package's quantizer collapses when it is trained as shipped. Here its codebooks are trained from outside
-(`multidiff_encodec.codebook`), and the result is the package's own model:
+The package's quantizer collapses when it is trained as shipped: each level's straight-through gradient runs into the
+next one's residual. Here its codebooks are trained from outside (`multidiff_autoencoder.codebook`), and the result is
+the package's own model:
 
 - residuals are detached, and the straight-through estimator is applied once, over the sum of all levels;
 - the first `continuous_steps` run without codebooks; these then start from recent latents;
 - half of the items are decoded from fewer levels, drawn uniformly (SoundStream, Zeghidour et al. 2021, section III-C),
   so that levels can be dropped afterwards.
 
-Loss: mean over window lengths of |Δ log mel| + |Δ mel| (`MelLoss`), plus commitment · Σ_levels mean (r − sg[e])².
+Loss: mean over window lengths of |Δ log mel| + |Δ mel| (`MelLoss`), plus commitment · Σ_levels mean (r - sg[e])². With
+an adversary, the package's multi-scale STFT discriminator (Défossez et al. 2022, section 3.4), a balancer gives the mel
+loss, the fooling of the discriminator and the matching of its features their shares of the gradient at the output.
 
 Shape suffixes: B sounds, C channels (1), T samples, t frames, K levels, D latent width, N latents of a batch.
 """
@@ -16,6 +19,7 @@ Shape suffixes: B sounds, C channels (1), T samples, t frames, K levels, D laten
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -23,72 +27,68 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from encodec.model import EncodecModel
+from encodec.msstftd import MultiScaleSTFTDiscriminator
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
-from multidiff.callbacks import progress
 from multidiff.seeding import generator_for
 from multidiff.tokenizer import Audio
-from multidiff_encodec.codebook import Codebook, codebooks_of
+from multidiff_autoencoder.adversary import Balancer, feature_matching, fooling, frozen, hinge
+from multidiff_autoencoder.codebook import Codebook, usage
+from multidiff_autoencoder.training import AutoencoderTraining
 from multidiff_encodec.folder import write_codec
 from multidiff_encodec.mel import MelLoss
-from multidiff_encodec.model import PRESETS, build_model
+from multidiff_encodec.model import PRESETS, build_model, codebooks_of, mark_started
 from multidiff_sound.sound import spectrogram
 
 
-class EncodecTraining(LightningModule):
+class EncodecTraining(AutoencoderTraining):
     """Trains a codec and, at the end, writes a folder that `EncodecTokenizer(weights=folder)` opens.
 
-    Logged: the loss and its parts; for each level `usage`, the share of codes in use, and `perplexity`, exp of the
+    Logged: the losses; for each level `usage`, the share of codes in use, and `perplexity`, exp of the
     entropy of their use; in TensorBoard, sounds of the validation split and their reconstructions.
 
     Args:
-        preset: a size from `multidiff_encodec.model.PRESETS`.
+        preset: a size from `multidiff_encodec.model.PRESETS`: words-8khz, 8khz, 16khz, 24khz, meta-24khz.
         folder: where the trained codec goes.
         settings: what differs from the preset, by name of `CodecConfig`.
-        learning_rate: peak of AdamW's; linear warm-up, then a cosine down to 0 at the trainer's last step.
-        warmup_steps: length of the warm-up.
-        weight_decay: AdamW's.
-        commitment: weight of the pull of latents towards their codes.
-        continuous_steps: steps before the codebooks come in.
-        codebook_decay: of the codebooks' moving averages, per step.
-        revive_below: a code used less than this share of the average use is moved ...
-        revive_until: ... in this first share of the training, so that the rest can settle.
         fewer_levels: share of items decoded from a random number of levels.
-        seed: decides initial weights, revivals and levels.
+        mel: weight of the mel loss where a balancer weighs it against the adversary.
+        features: weight of feature matching, likewise.
+        discriminator_filters: channels of the discriminator.
+        **common: as `multidiff_autoencoder.training.AutoencoderTraining` has them.
+
+    Raises:
+        ValueError: an unknown preset or setting; names it.
     """
+
+    model: EncodecModel
 
     def __init__(
         self,
         preset: str,
         folder: str,
         settings: dict[str, Any] | None = None,
-        learning_rate: float = 1.5e-3,
-        warmup_steps: int = 100,
-        weight_decay: float = 1e-3,
-        commitment: float = 0.25,
-        continuous_steps: int = 200,
-        codebook_decay: float = 0.99,
-        revive_below: float = 0.1,
-        revive_until: float = 0.8,
         fewer_levels: float = 0.5,
-        seed: int = 0,
+        mel: float = 1.0,
+        features: float = 3.0,
+        discriminator_filters: int = 16,
+        **common: Any,
     ):
-        super().__init__()
+        super().__init__(folder, **common)
         if preset not in PRESETS:
             raise ValueError(f"no codec size is called {preset!r}; known: {', '.join(PRESETS)}")
         try:
             self.config = replace(PRESETS[preset], **(settings or {}))
         except TypeError as error:
             raise ValueError(f"settings of codec size {preset!r}: {error}") from None
-        self.model = build_model(self.config, seed).train()
+        self.model = build_model(self.config, self.seed).train()
         self.mel_loss = MelLoss(self.config.sample_rate)
-        self.folder = Path(folder)
-        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
-        self.commitment, self.continuous_steps, self.codebook_decay = commitment, continuous_steps, codebook_decay
-        self.revive_below, self.revive_until = revive_below, revive_until
-        self.fewer_levels, self.seed = fewer_levels, seed
+        self.fewer_levels = fewer_levels
+        if self.adversary:
+            self.discriminator = _discriminator(discriminator_filters, self.config.sample_rate, self.seed)
+            self.balancer = Balancer({"mel": mel, "fooling": self.adversary, "features": features})
         self._recent: deque[Tensor] = deque(maxlen=16)
 
     @property
@@ -99,18 +99,26 @@ class EncodecTraining(LightningModule):
     def training_step(self, waveform_BCT: Tensor, batch_idx: int) -> Tensor:
         latents_BDt = self.model.encoder(waveform_BCT)
         if self.global_step < self.continuous_steps:
-            self._recent.append(self._gathered(latents_BDt))
+            self._recent.append(self.gathered(_flat(latents_BDt)))
             quantized_BDt, commitment = latents_BDt, latents_BDt.new_zeros(())
         else:
             quantized_BDt, commitment = self._quantize(latents_BDt)
         restored_BCT = self.model.decoder(quantized_BDt)[..., : waveform_BCT.shape[-1]]
         mel = self.mel_loss(restored_BCT[:, 0], waveform_BCT[:, 0])
-        loss = mel + self.commitment * commitment
-        self.log_dict({"train/loss": loss, "train/mel": mel}, prog_bar=True)
+        loss = self.commitment * commitment + self.resting()
+        losses = {"mel": mel}
+        if self.opposed:
+            against, told = self._oppose(restored_BCT, waveform_BCT)
+            losses |= against
+            loss = loss + told
+            self.log_dict({"train/discriminator": told} | {f"train/{name}": value for name, value in against.items()})
+        # From the first step on, though there is nothing to balance yet: the commitment keeps its share.
+        loss = loss + (mel if self.discriminator is None else self.balancer(losses, restored_BCT))
+        self.log("train/mel", mel, prog_bar=True)
         self.log("train/commitment", commitment)
         for level, book in enumerate(self.codebooks):
-            usage, perplexity = book.usage()
-            self.log_dict({f"train/perplexity_{level}": perplexity, f"train/usage_{level}": usage}, prog_bar=level == 0)
+            used, perplexity = usage(book.count_V, above=0.1)
+            self.log_dict({f"train/perplexity_{level}": perplexity, f"train/usage_{level}": used}, prog_bar=level == 0)
         return loss
 
     def validation_step(self, waveform_BCT: Tensor, batch_idx: int) -> None:
@@ -124,18 +132,6 @@ class EncodecTraining(LightningModule):
         if batch_idx == 0 and self.trainer.is_global_zero:
             self._show("original", waveform_BCT[:4])
 
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), self.learning_rate, (0.8, 0.99), weight_decay=self.weight_decay
-        )
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-            return warm * (0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
             self.export(self.folder)
@@ -147,39 +143,42 @@ class EncodecTraining(LightningModule):
     def _quantize(self, latents_BDt: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the levels' codes, straight through, and the commitment loss; the codebooks follow the latents."""
         generator = generator_for(self.seed, self.global_step)
-        if not all(book.started_1 for book in self.codebooks):
-            self._start_codebooks(torch.cat([*self._recent, self._gathered(latents_BDt)]), generator)
+        if not all(book.started for book in self.codebooks):
+            self._recent.append(self.gathered(_flat(latents_BDt)))
+            self._start_codebooks(generator)
         # Which items get fewer levels differs between ranks, as the items do; the codebooks' updates do not.
         own = generator_for(self.seed, self.global_step, self.global_rank)
         count = len(self.codebooks)
         fewer_B = torch.rand(len(latents_BDt), generator=own) < self.fewer_levels
         levels_B = torch.where(fewer_B, torch.randint(1, count + 1, fewer_B.shape, generator=own), count)
-        reviving = progress(self.trainer, self.global_step) < self.revive_until
         residual_BDt, sum_BDt = latents_BDt, torch.zeros_like(latents_BDt)
         commitment = latents_BDt.new_zeros(())
         for level, book in enumerate(self.codebooks):
-            codes_ND = book.nearest(_flat(residual_BDt))
+            codes_ND = book.nearest(_flat(residual_BDt).float())
             codes_BDt = codes_ND.unflatten(0, (len(latents_BDt), -1)).transpose(1, 2)
             active_B11 = (levels_B > level).to(latents_BDt)[:, None, None]
             commitment = commitment + (active_B11 * (residual_BDt - codes_BDt).square()).mean()
-            everyones_ND = self._gathered(residual_BDt)
-            book.follow(everyones_ND, self.codebook_decay, self.revive_below if reviving else 0.0, generator)
+            book.follow(self.gathered(_flat(residual_BDt)), self.codebook_decay, self.reviving, generator)
             sum_BDt = sum_BDt + active_B11 * codes_BDt
             residual_BDt = residual_BDt - codes_BDt
         return latents_BDt + (sum_BDt - latents_BDt).detach(), commitment
 
-    def _start_codebooks(self, residual_ND: Tensor, generator: torch.Generator) -> None:
-        self._recent.clear()
+    def _start_codebooks(self, generator: torch.Generator) -> None:
+        residual_ND = torch.cat(list(self._recent))
         for book in self.codebooks:
-            book.start(residual_ND, generator)
+            book.start(residual_ND, generator, len(self._recent))
             residual_ND = residual_ND - book.nearest(residual_ND)
+        mark_started(self.model.quantizer)
+        self._recent.clear()
 
-    def _gathered(self, latents_BDt: Tensor) -> Tensor:
-        """Latents of all ranks, [N, D]: every rank makes the same update of the codebooks."""
-        own_ND = _flat(latents_BDt)
-        gathered = self.all_gather(own_ND)
-        assert isinstance(gathered, Tensor)
-        return gathered.reshape(-1, own_ND.shape[1])
+    def _oppose(self, restored_BCT: Tensor, waveform_BCT: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The autoencoder's losses by name, and the discriminator's."""
+        assert self.discriminator is not None
+        real_scores, real_features = self.discriminator(waveform_BCT)
+        with frozen(self.discriminator):
+            scores, features = self.discriminator(restored_BCT)
+        losses = {"fooling": fooling(scores), "features": feature_matching(real_features, features)}
+        return losses, hinge(real_scores, self.discriminator(restored_BCT.detach())[0])
 
     def _show(self, name: str, waveform_BCT: Tensor) -> None:
         if isinstance(self.logger, TensorBoardLogger):
@@ -189,6 +188,17 @@ class EncodecTraining(LightningModule):
             board.add_image(name, np.asarray(spectrogram(sound)), self.global_step, dataformats="HW")
 
 
+def _discriminator(filters: int, sample_rate: int, seed: int) -> nn.Module:
+    """The package's, with windows of 2048, 1024, 512, 256 and 128 samples at 24 kHz, as long in time at other rates."""
+    windows = [2 ** round(math.log2(length * sample_rate / 24_000)) for length in (2048, 1024, 512, 256, 128)]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
+        torch.manual_seed(seed)
+        return MultiScaleSTFTDiscriminator(
+            filters, n_ffts=windows, win_lengths=windows, hop_lengths=[window // 4 for window in windows]
+        )
+
+
 def _flat(latents_BDt: Tensor) -> Tensor:
-    """[B·t, D], without gradient."""
-    return latents_BDt.detach().transpose(1, 2).flatten(0, 1).float()
+    """[B·t, D]"""
+    return latents_BDt.transpose(1, 2).flatten(0, 1)

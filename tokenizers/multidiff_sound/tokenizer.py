@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from multidiff.batching import map_batches
 from multidiff.tokenizer import Audio, Codes, ItemError, ModalityTokenizer
 from multidiff_sound.sound import read_sound, spectrogram, to_mono, write_sound
 
-_FRAMES_AT_ONCE = 128
+_FRAMES_AT_ONCE = (256, 2048)  # on a CPU, whose caches are small, and elsewhere
 
 
 class SoundTokenizer(ModalityTokenizer):
@@ -72,7 +73,7 @@ class SoundTokenizer(ModalityTokenizer):
                 )
             waves.append(F.pad(wave_T, (0, -len(wave_T) % self.hop)))
         all_codes = []
-        for ids_tK in self._in_batches(self.ids_of, waves, samples_each=1):
+        for ids_tK in self._mapped(self.ids_of, waves, samples_each=1):
             codes = self.canvas(frames=len(ids_tK))
             codes.ids_N = ids_tK.flatten()
             all_codes.append(codes)
@@ -93,7 +94,7 @@ class SoundTokenizer(ModalityTokenizer):
             if not bool(((one.ids_N >= 0) & (one.ids_N < self.codebook_sizes[0])).all()):
                 raise ValueError(f"ids of a sound must lie in [0, {self.codebook_sizes[0]})")
             grids.append(one.ids_N.reshape(-1, len(self.codebook_sizes)))
-        waves = self._in_batches(self.samples_of, grids, samples_each=self.hop)
+        waves = self._mapped(self.samples_of, grids, samples_each=self.hop)
         return [Audio(wave_T.clamp(-1, 1)[None], self.sample_rate) for wave_T in waves]
 
     def canvas(self, frames: int | None = None) -> Codes:
@@ -138,27 +139,11 @@ class SoundTokenizer(ModalityTokenizer):
         self.model.to(device)
         return self
 
-    def _in_batches(
-        self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], samples_each: int
-    ) -> list[Tensor]:
-        """`function` of each input, in order, computed in batches of equal length; an entry stands for `samples_each`.
-
-        A batch has as many places as its length leaves room for, filled up with zeros: kernels for another batch size
-        add up in another order, and the last bit can decide between two codes.
-        """
+    def _mapped(self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], samples_each: int) -> list[Tensor]:
+        """`function` of each input in batches; an entry of its first dimension stands for `samples_each`."""
         device = next(self.model.parameters()).device
-        by_length: dict[int, list[int]] = {}
-        outputs: dict[int, Tensor] = {}
-        for index, tensor in enumerate(inputs):
-            if len(tensor):
-                by_length.setdefault(len(tensor), []).append(index)
-            else:
-                outputs[index] = torch.zeros(0)
-        for length, indices in by_length.items():
-            places = max(1, _FRAMES_AT_ONCE * self.hop // (length * samples_each))
-            for start in range(0, len(indices), places):
-                chunk = indices[start : start + places]
-                batch = torch.zeros(places, *inputs[chunk[0]].shape, dtype=inputs[chunk[0]].dtype)
-                batch[: len(chunk)] = torch.stack([inputs[index] for index in chunk])
-                outputs.update(zip(chunk, function(batch.to(device)).cpu(), strict=False))
-        return [outputs[index] for index in range(len(inputs))]
+        most = _FRAMES_AT_ONCE[device.type != "cpu"] * self.hop // samples_each
+        outputs = iter(
+            map_batches(function, [one for one in inputs if len(one)], lambda shape: most // shape[0], device)
+        )
+        return [next(outputs) if len(one) else torch.zeros(0) for one in inputs]

@@ -3,8 +3,9 @@
 tokenizer.py   VQTokenizer, the plugin
 folder.py      a VQModel's folder, read and written with every name and shape checked
 pictures.py    picture files to pixels and back
-training.py    VQTraining and PictureData, for `multidiff fit`
-weights/       what comes with it; `VQTokenizer("digits")`
+training.py    VQTraining and PictureData, for `multidiff fit`; presets.py: sizes, quantizers.py: vq, fsq and lfq,
+               losses.py: gradient, perceptual and PatchGAN
+weights/       what comes with it: `VQTokenizer("digits")`
 """
 
 from multidiff_vq.tokenizer import VQTokenizer

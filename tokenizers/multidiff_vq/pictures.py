@@ -71,7 +71,7 @@ def convert(picture: Any, mode: str) -> Image.Image:
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert(mode)
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def to_pixels(picture: Image.Image) -> Tensor:

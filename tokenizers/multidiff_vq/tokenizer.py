@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from multidiff.batching import map_batches
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 from multidiff_vq.folder import read_json, read_model, write_json, write_model
 from multidiff_vq.pictures import (
@@ -34,7 +35,7 @@ from multidiff_vq.pictures import (
 
 SETTINGS = "vq_tokenizer.json"
 _PRESETS = Path(__file__).parent / "weights"
-_PIXELS_AT_ONCE = 16 * 32 * 32
+_PIXELS_AT_ONCE = (64 * 32 * 32, 1024 * 32 * 32)  # on a CPU, whose caches are small, and elsewhere
 
 
 class VQTokenizer(ModalityTokenizer):
@@ -95,7 +96,7 @@ class VQTokenizer(ModalityTokenizer):
                 raise ItemError(f"a picture {misfit}; crop, pad or resize it")
             pictures.append(to_pixels(picture))
         all_codes = []
-        for pixels_CHW, ids_hw in zip(pictures, self._in_batches(self._ids, pictures, 1), strict=True):
+        for pixels_CHW, ids_hw in zip(pictures, self._mapped(self.ids_of, pictures, 1), strict=True):
             codes = self.canvas(height=pixels_CHW.shape[1], width=pixels_CHW.shape[2])
             codes.ids_N = ids_hw.reshape(-1)
             all_codes.append(codes)
@@ -116,7 +117,7 @@ class VQTokenizer(ModalityTokenizer):
             if not bool(((one.ids_N >= 0) & (one.ids_N < self.codebook_sizes[0])).all()):
                 raise ValueError(f"ids of a picture must lie in [0, {self.codebook_sizes[0]})")
             grids.append(one.ids_N.reshape(blank.size["height"] // self.stride, -1))
-        return [from_pixels(pixels_CHW) for pixels_CHW in self._in_batches(self._pixels, grids, self.stride**2)]
+        return [from_pixels(pixels_CHW) for pixels_CHW in self._mapped(self.pixels_of, grids, self.stride**2)]
 
     def canvas(self, height: int | None = None, width: int | None = None) -> Codes:
         """A blank picture; sizes in pixels, the tokenizer's own by default."""
@@ -126,8 +127,7 @@ class VQTokenizer(ModalityTokenizer):
         }
         if misfit := self._misfit(**size):
             raise ValueError(f"a canvas {misfit}")
-        rows, columns = (torch.arange(side // self.stride) for side in size.values())
-        coords_N3 = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), rows, columns)
+        coords_N3 = _places(size["height"] // self.stride, size["width"] // self.stride).clone()
         ids_N = torch.zeros(len(coords_N3), dtype=torch.int64)
         return Codes(ids_N, torch.zeros_like(ids_N), coords_N3, size)
 
@@ -182,36 +182,24 @@ class VQTokenizer(ModalityTokenizer):
         torch.nn.Module.to(self.model, device)  # diffusers' own wrapper has lost its types
         return self
 
-    def _ids(self, pixels_BCHW: Tensor) -> Tensor:
+    def ids_of(self, pixels_BCHW: Tensor) -> Tensor:
+        """Codes [B, h, w] of a batch of pixels, uint8, on the model's device."""
         latents_BDhw = self.model.encode(to_signal(pixels_BCHW)).latents
         _, _, (_, _, ids) = self.model.quantize(latents_BDhw)
         return ids.reshape(len(pixels_BCHW), *latents_BDhw.shape[2:])
 
-    def _pixels(self, ids_Bhw: Tensor) -> Tensor:
+    def pixels_of(self, ids_Bhw: Tensor) -> Tensor:
+        """Pixels [B, C, H, W], uint8, of a batch of codes on the model's device."""
         # Not VQModel.decode: whether it looks codes up depends on a flag in the model's configuration.
         quantized_BDhw = self.model.quantize.embedding(ids_Bhw).permute(0, 3, 1, 2).contiguous()
         guide = quantized_BDhw if self.model.config["norm_type"] == "spatial" else None
         return from_signal(self.model.decoder(self.model.post_quant_conv(quantized_BDhw), guide))
 
-    def _in_batches(self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], pixels_each: int) -> list[Tensor]:
-        """`function` of each input, in order, computed in batches of equal shape; an entry stands for `pixels_each`.
-
-        A batch has as many places as fit `_PIXELS_AT_ONCE`, filled up with zeros: kernels for another batch size add
-        up in another order, and the last bit can decide between two codes.
-        """
+    def _mapped(self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], pixels_each: int) -> list[Tensor]:
+        """`function` of each input in batches; an entry of its last two dimensions stands for `pixels_each`."""
         device = next(self.model.parameters()).device
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, tensor in enumerate(inputs):
-            by_shape.setdefault(tensor.shape, []).append(index)
-        outputs: dict[int, Tensor] = {}
-        for shape, indices in by_shape.items():
-            places = max(1, _PIXELS_AT_ONCE // (shape[-2] * shape[-1] * pixels_each))
-            for start in range(0, len(indices), places):
-                chunk = indices[start : start + places]
-                batch = torch.zeros(places, *shape, dtype=inputs[chunk[0]].dtype)
-                batch[: len(chunk)] = torch.stack([inputs[index] for index in chunk])
-                outputs.update(zip(chunk, function(batch.to(device)).cpu(), strict=False))
-        return [outputs[index] for index in range(len(inputs))]
+        most = _PIXELS_AT_ONCE[device.type != "cpu"] // pixels_each
+        return map_batches(function, inputs, lambda shape: most // (shape[-2] * shape[-1]), device)
 
     def _misfit(self, height: Any, width: Any) -> str | None:
         """What is wrong with a size, and the nearest that fit; None where it fits."""
@@ -230,6 +218,12 @@ class VQTokenizer(ModalityTokenizer):
             f"of height {height} and width {width} pixels does not fit the stride of {self.stride}; "
             f"the nearest that fit: height {tall}, width {wide}"
         )
+
+
+@lru_cache(maxsize=64)
+def _places(rows: int, columns: int) -> Tensor:
+    """(0, row, column) of each code, row by row."""
+    return torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns))
 
 
 def read_settings(folder: Path) -> dict[str, int]:

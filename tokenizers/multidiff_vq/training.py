@@ -1,17 +1,16 @@
 """Training of a `VQModel` with Lightning: `multidiff fit --config configs/tokenizers/vq_digits.yaml`.
 
-diffusers' `VQModel` learns its codebook by gradient and lets unused codes die. Here the codebook is trained from
-outside, so that the result is an ordinary `VQModel`:
+diffusers' `VQModel` learns its codebook by gradient and lets unused codes die. Here latents become codes by a quantizer
+of `multidiff_vq.quantizers` beside the model, so that the result is an ordinary `VQModel`.
 
-- the first `continuous_steps` steps run without it, so that there is something worth clustering;
-- it starts as k-means centres of the latents of one batch;
-- each code follows the moving average of the latents that chose it (van den Oord et al. 2017, appendix A.1);
-- a code that falls out of use moves to a latent that is badly served (drawn in proportion to squared distance).
+Loss, all means, pixels in [-1, 1]:
 
-Loss: ‖x̂ − x‖² + l1·|x̂ − x| + commitment·‖z − sg[e]‖² + rate·H, all means, pixels in [-1, 1]. H is the entropy of the
-codes at each place of the grid, nats per code, of assignments softened by distance (after Agustsson et al. 2017,
-arXiv 1704.00648). Without it an encoder that sees the whole picture stores it anywhere, in empty corners too, and what
-is to learn the codes finds no pattern in them.
+    ‖x̂ - x‖² + l1·|x̂ - x| + gradient·G + perceptual·P + commitment·‖z - sg[e]‖² + rate·H + entropy·Q - λ·adversary·D(x̂)
+
+G, P and D: `multidiff_vq.losses`; λ: `multidiff_autoencoder.adversary.adaptive_weight`; Q: lfq's own loss. H
+is the entropy of the codes at each place of the grid, nats per code, of assignments softened by distance (after
+Agustsson et al. 2017, arXiv:1704.00648). Without it an encoder that sees the whole picture stores it anywhere, in empty
+corners too, and what is to learn the codes finds no pattern in them.
 
 Shape suffixes: B pictures, C channels, H, W pixels, h, w codes down and across, N latents of a batch on all ranks,
 V codes, D latent width.
@@ -19,32 +18,36 @@ V codes, D latent width.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vq_model import VQModel
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from multidiff.callbacks import progress
 from multidiff.data.folder import read_metadata
 from multidiff.data.module import ShuffledBatches
 from multidiff.seeding import generator_for
+from multidiff_autoencoder.adversary import adaptive_weight, fooling, frozen, hinge
+from multidiff_autoencoder.codebook import Codebook, usage
+from multidiff_autoencoder.training import AutoencoderTraining
 from multidiff_vq.folder import write_model
+from multidiff_vq.losses import PatchDiscriminator, PerceptualLoss, gradient_loss
 from multidiff_vq.pictures import MODES, convert, read_picture, to_pixels, to_signal
+from multidiff_vq.presets import PRESETS
+from multidiff_vq.quantizers import Quantizer, codebook_arguments, fixed_quantizer, quantize
 from multidiff_vq.tokenizer import write_settings
 
 _SHIFTS, _CODES = 0, 1  # what a generator is for
 
 
-class VQTraining(LightningModule):
+class VQTraining(AutoencoderTraining):
     """Trains a `VQModel` and, at the end, writes a folder that `VQTokenizer` and plain diffusers open.
 
     Logged under `train/` and `val/`: loss and its parts; `codebook_usage`, the share of codes in use, and
@@ -52,22 +55,26 @@ class VQTraining(LightningModule):
     over pictures) and, in TensorBoard, originals above their reconstructions.
 
     Args:
-        model: arguments of diffusers' `VQModel`.
+        preset: a size from `multidiff_vq.presets`: digits-32, grey-32, rgb-32, rgb-64, rgb-128, rgb-256, rgb-512.
         folder: where the trained model goes.
-        learning_rate: peak of AdamW's; linear warm-up, then a cosine down to 0 at the trainer's last step.
-        warmup_steps: length of the warm-up.
-        weight_decay: AdamW's.
+        settings: what differs from the preset, by name of diffusers' `VQModel`'s arguments.
+        quantizer: vq, fsq or lfq, from `multidiff_vq.quantizers`.
+        levels: of fsq; their product is the number of codes, in place of the preset's.
         l1: weight of the absolute error beside the squared one; sharpens edges.
-        commitment: weight of the pull of latents towards their codes.
+        gradient: weight of the error of differences between neighbouring pixels at three scales.
+        perceptual: weight of the distance between features of VGG-16.
+        backbone: file with VGG-16's weights, for `perceptual`.
         rate: weight of the entropy of the codes by place; more makes codes easier to model and pictures less exact.
-        continuous_steps: steps before the codebook comes in.
-        codebook_decay: of the codebook's moving averages, per step.
-        revive_below: a code used less than this share of the average use is moved ...
-        revive_until: ... in this first share of the training, so that the rest can settle.
+        entropy: weight of lfq's own loss.
         shift: each training picture moves by up to so many pixels each way, edges repeated.
-        seed: decides revivals and shifts; the initial weights come from the trainer's `seed_everything`.
+        flip: mirror each training picture with this probability.
+        **common: as `multidiff_autoencoder.training.AutoencoderTraining` has them.
+
+    Raises:
+        ValueError: an unknown preset or setting, or settings that contradict each other; names it.
     """
 
+    model: VQModel
     count_V: Tensor
     sum_VD: Tensor
     validation_count_V: Tensor
@@ -75,57 +82,80 @@ class VQTraining(LightningModule):
 
     def __init__(
         self,
-        model: dict[str, Any],
+        preset: str,
         folder: str,
-        learning_rate: float = 3e-3,
-        warmup_steps: int = 50,
-        weight_decay: float = 1e-4,
+        settings: dict[str, Any] | None = None,
+        quantizer: Quantizer = "vq",
+        levels: list[int] | None = None,
         l1: float = 0.5,
-        commitment: float = 0.25,
+        gradient: float = 0.0,
+        perceptual: float = 0.0,
+        backbone: str | None = None,
         rate: float = 0.0,
-        continuous_steps: int = 100,
-        codebook_decay: float = 0.99,
-        revive_below: float = 0.1,
-        revive_until: float = 0.8,
+        entropy: float = 0.1,
         shift: int = 1,
-        seed: int = 0,
+        flip: float = 0.0,
+        **common: Any,
     ):
-        super().__init__()
-        self.model = VQModel(**model)
-        self.codebook.requires_grad_(False)
-        self.folder = Path(folder)
-        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
-        self.l1, self.commitment, self.rate, self.continuous_steps = l1, commitment, rate, continuous_steps
-        self.codebook_decay, self.revive_below, self.revive_until = codebook_decay, revive_below, revive_until
-        self.shift, self.seed = shift, seed
-        # Moving averages: how many latents of a batch chose each code, and their sum. All 0 until the codebook starts.
-        self.register_buffer("count_V", torch.zeros(self.codebook.shape[0]))
-        self.register_buffer("sum_VD", torch.zeros_like(self.codebook))
-        self.register_buffer("validation_count_V", torch.zeros(self.codebook.shape[0]), persistent=False)
+        super().__init__(folder, **common)
+        if preset not in PRESETS:
+            raise ValueError(f"no size is called {preset!r}; known: {', '.join(PRESETS)}")
+        if (perceptual > 0) != (backbone is not None):
+            raise ValueError(f"perceptual {perceptual} and backbone {backbone!r}: one needs the other")
+        arguments = {**PRESETS[preset], **(settings or {})}
+        arguments |= codebook_arguments(quantizer, arguments["num_vq_embeddings"], levels)
+        try:
+            self.model = VQModel(**arguments)
+        except TypeError as error:
+            raise ValueError(f"settings of size {preset!r}: {error}") from None
+        self.model.quantize.embedding.weight.requires_grad_(False)
+        self.quantizer, self.fixed = quantizer, fixed_quantizer(quantizer, self.model, levels)
+        self.l1, self.gradient, self.perceptual = l1, gradient, perceptual
+        self.rate, self.entropy = rate, entropy
+        self.backbone = PerceptualLoss(backbone) if backbone else None
+        self.discriminator = PatchDiscriminator(arguments["in_channels"]) if self.adversary else None
+        self.shift, self.flip = shift, flip
+        # Moving averages: how many latents of a batch chose each code, and their sum.
+        self.register_buffer("count_V", torch.zeros(len(self.model.quantize.embedding.weight)))
+        self.register_buffer("sum_VD", torch.zeros_like(self.model.quantize.embedding.weight))
+        self.register_buffer("validation_count_V", torch.zeros_like(self.count_V), persistent=False)
         self.register_buffer("picture_size_2", torch.zeros(2, dtype=torch.int64))  # height, width
 
     @property
-    def codebook(self) -> Tensor:
-        """The codes, float32 [V, D]."""
-        return self.model.quantize.embedding.weight
+    def codebook(self) -> Codebook:
+        """The model's codes, with their moving averages."""
+        return Codebook(self.model.quantize.embedding.weight, self.count_V, self.sum_VD)
+
+    def on_fit_start(self) -> None:
+        if self.quantizer == "lfq" and self.trainer.world_size > 1:
+            # vector-quantize-pytorch 1.32 leaves out the other devices' share of the mean.
+            raise ValueError("quantizer lfq trains on one device only: set trainer.devices to 1, or take fsq")
 
     def training_step(self, pixels_BCHW: Tensor, batch_idx: int) -> Tensor:
+        if pixels_BCHW.shape[1] != self.model.config["in_channels"]:
+            raise ValueError(
+                f"pictures have {pixels_BCHW.shape[1]} channels, the model {self.model.config['in_channels']}: set "
+                "data.init_args.channels, or take another preset"
+            )
         self.picture_size_2.copy_(torch.tensor(pixels_BCHW.shape[2:]))
         generator = generator_for(self.seed, _SHIFTS, self.global_step, self.global_rank)
-        signal_BCHW = _shifted(to_signal(pixels_BCHW), self.shift, generator)
+        signal_BCHW = _moved(to_signal(pixels_BCHW), self.shift, self.flip, generator)
         latents_BDhw = self.model.encode(signal_BCHW).latents
-        if self.global_step < self.continuous_steps:
-            quantized_BDhw, commitment = latents_BDhw, latents_BDhw.new_zeros(())
-            entropy = commitment
-        else:
-            quantized_BDhw, commitment = self._quantize(latents_BDhw)
-            entropy = _entropy_by_place(latents_BDhw, self.codebook) if self.rate else commitment.new_zeros(())
+        quantized_BDhw, own = self._quantize(latents_BDhw)
         restored_BCHW = self._restore(quantized_BDhw)
-        reconstruction = F.mse_loss(restored_BCHW, signal_BCHW) + self.l1 * F.l1_loss(restored_BCHW, signal_BCHW)
-        loss = reconstruction + self.commitment * commitment + self.rate * entropy
-        self.log_dict({"train/loss": loss, "train/reconstruction": reconstruction}, prog_bar=True)
-        self.log_dict({"train/commitment": commitment, "train/entropy": entropy})
-        self._log_codebook("train", self.count_V)
+        parts = self._likeness(restored_BCHW, signal_BCHW)
+        reconstruction = parts["reconstruction"]
+        parts["commitment"] = F.mse_loss(latents_BDhw, quantized_BDhw.detach())
+        loss = reconstruction + self.commitment * parts["commitment"] + self.entropy * own + self.resting()
+        if self.rate and self.codebook.started:
+            parts["entropy"] = _entropy_by_place(latents_BDhw, self.codebook.codes_VD)
+            loss = loss + self.rate * parts["entropy"]
+        if self.opposed:
+            parts |= self._oppose(reconstruction, restored_BCHW, signal_BCHW)
+            loss = loss + parts["weight"] * self.adversary * parts["fooling"] + parts["discriminator"]
+        self.log_dict({"train/loss": loss, "train/reconstruction": parts.pop("reconstruction")}, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in parts.items()})
+        self._log_codebook("train", self.count_V, above=0.1)
         return loss
 
     def validation_step(self, pixels_BCHW: Tensor, batch_idx: int) -> None:
@@ -145,18 +175,6 @@ class VQTraining(LightningModule):
         self._log_codebook("val", self.trainer.strategy.reduce(self.validation_count_V, reduce_op="sum"))
         self.validation_count_V.zero_()
 
-    def configure_optimizers(self) -> Any:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, self.learning_rate, (0.9, 0.99), weight_decay=self.weight_decay)
-
-        # Not by `estimated_stepping_batches`: it opens the data before a checkpoint's place in them is restored.
-        def factor(step: int) -> float:
-            decay = 0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step))
-            return min(1.0, (step + 1) / max(1, self.warmup_steps)) * decay
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
             write_model(self.model, self.folder)
@@ -167,56 +185,48 @@ class VQTraining(LightningModule):
         return self.model.decoder(self.model.post_quant_conv(quantized_BDhw), guide)
 
     def _quantize(self, latents_BDhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents to codes, straight through, with the commitment loss; the codebook follows them."""
-        own_ND = latents_BDhw.detach().permute(0, 2, 3, 1).flatten(0, 2).float()
-        latents_ND = cast(Tensor, self.all_gather(own_ND)).reshape(
-            -1, own_ND.shape[1]
-        )  # every rank makes the same update
+        """Latents to codes, straight through, and the quantizer's own loss; a learned codebook follows the latents."""
+        nothing = latents_BDhw.new_zeros(())
+        if self.fixed is not None:
+            quantized_BDhw, ids_Bhw, own = quantize(self.fixed, latents_BDhw)
+            used_V = torch.bincount(ids_Bhw.flatten(), minlength=len(self.count_V)).float()
+            self.count_V.lerp_(used_V, 1 - self.codebook_decay)
+            return quantized_BDhw, own
+        if self.global_step < self.continuous_steps:
+            return latents_BDhw, nothing
+        latents_ND = self.gathered(latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2))
         generator = generator_for(self.seed, _CODES, self.global_step)
-        if not self.count_V.any():
-            self._start_codebook(latents_ND, generator)
+        if not self.codebook.started:
+            self.codebook.start(latents_ND, generator)
         quantized_BDhw, _, _ = self.model.quantize(latents_BDhw)
-        commitment = F.mse_loss(latents_BDhw, latents_BDhw.detach() + (quantized_BDhw - latents_BDhw).detach())
-        self._follow(latents_ND, generator)
-        return quantized_BDhw, commitment
+        self.codebook.follow(latents_ND, self.codebook_decay, self.reviving, generator)
+        return quantized_BDhw, nothing
 
-    def _start_codebook(self, latents_ND: Tensor, generator: torch.Generator) -> None:
-        """k-means: 10 rounds from random latents."""
-        count = len(self.codebook)
-        self.codebook.copy_(latents_ND[_draw(torch.ones(len(latents_ND)), count, generator)])
-        for _ in range(10):
-            count_V, sum_VD, distance_N = self._assign(latents_ND)
-            self.codebook.copy_(sum_VD / count_V.clamp_min(1)[:, None])
-            if empty := int((count_V == 0).sum()):
-                self.codebook[count_V == 0] = latents_ND[_draw(distance_N.square(), empty, generator)]
-        self.count_V.fill_(len(latents_ND) / count)
-        self.sum_VD.copy_(self.codebook * self.count_V[:, None])
+    def _likeness(self, restored_BCHW: Tensor, signal_BCHW: Tensor) -> dict[str, Tensor]:
+        """The losses that compare pictures, and their weighted sum as `reconstruction`."""
+        absolute = F.l1_loss(restored_BCHW, signal_BCHW)
+        parts = {"squared": F.mse_loss(restored_BCHW, signal_BCHW), "absolute": absolute}
+        reconstruction = parts["squared"] + self.l1 * absolute
+        if self.gradient:
+            parts["gradient"] = gradient_loss(restored_BCHW, signal_BCHW)
+            reconstruction = reconstruction + self.gradient * parts["gradient"]
+        if self.backbone is not None:
+            parts["perceptual"] = self.backbone(restored_BCHW, signal_BCHW)
+            reconstruction = reconstruction + self.perceptual * parts["perceptual"]
+        return {**parts, "reconstruction": reconstruction}
 
-    def _follow(self, latents_ND: Tensor, generator: torch.Generator) -> None:
-        """One step of the moving averages; codes out of use move to latents that are badly served."""
-        count_V, sum_VD, distance_N = self._assign(latents_ND)
-        self.count_V.lerp_(count_V, 1 - self.codebook_decay)
-        self.sum_VD.lerp_(sum_VD, 1 - self.codebook_decay)
-        self.codebook.copy_(self.sum_VD / self.count_V.clamp_min(1e-5)[:, None])
-        average = len(latents_ND) / len(self.codebook)
-        dead_V = self.count_V < self.revive_below * average
-        if progress(self.trainer, self.global_step) < self.revive_until and dead_V.any():
-            self.codebook[dead_V] = latents_ND[_draw(distance_N.square(), int(dead_V.sum()), generator)]
-            self.count_V[dead_V] = average
-            self.sum_VD[dead_V] = self.codebook[dead_V] * average
+    def _oppose(self, reconstruction: Tensor, restored_BCHW: Tensor, signal_BCHW: Tensor) -> dict[str, Tensor]:
+        """Losses of autoencoder and discriminator against each other."""
+        assert self.discriminator is not None
+        with frozen(self.discriminator):
+            misled = fooling([self.discriminator(restored_BCHW)])
+        told = hinge([self.discriminator(signal_BCHW)], [self.discriminator(restored_BCHW.detach())])
+        weight = adaptive_weight(reconstruction, misled, self.model.decoder.conv_out.weight)
+        return {"fooling": misled, "discriminator": told, "weight": weight}
 
-    def _assign(self, latents_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How many latents choose each code, their sum, and how far each is from its code."""
-        distance_N, ids_N = torch.cdist(latents_ND, self.codebook).min(1)
-        count_V = torch.bincount(ids_N, minlength=len(self.codebook)).float()
-        return count_V, torch.zeros_like(self.codebook).index_add_(0, ids_N, latents_ND), distance_N
-
-    def _log_codebook(self, stage: str, count_V: Tensor) -> None:
-        """Usage counts a code from a tenth of a use on: moving averages never reach 0."""
-        share_V = count_V / count_V.sum().clamp_min(1e-9)
-        perplexity = torch.special.entr(share_V).sum().exp()
-        usage = (count_V > 0.1).float().mean()
-        self.log_dict({f"{stage}/codebook_usage": usage, f"{stage}/codebook_perplexity": perplexity})
+    def _log_codebook(self, stage: str, count_V: Tensor, above: float = 0.0) -> None:
+        used, perplexity = usage(count_V, above)
+        self.log_dict({f"{stage}/codebook_usage": used, f"{stage}/codebook_perplexity": perplexity})
 
 
 class PictureData(LightningDataModule):
@@ -293,11 +303,6 @@ class _Pictures(Dataset[Tensor]):
         return to_pixels(ImageOps.fit(convert(read_picture(self.paths[index]), self.mode), self.size))
 
 
-def _draw(weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` indices in proportion to weight, with replacement; drawn on the CPU, alike on every kind of device."""
-    return torch.multinomial(weight_N.cpu() + 1e-12, count, replacement=True, generator=generator)
-
-
 def _entropy_by_place(latents_BDhw: Tensor, codebook_VD: Tensor) -> Tensor:
     """Mean over places of the entropy, nats, of the batch's codes there. A latent counts for code v with
     softmax(-distance² / τ), τ the mean squared distance to the nearest code."""
@@ -309,11 +314,12 @@ def _entropy_by_place(latents_BDhw: Tensor, codebook_VD: Tensor) -> Tensor:
     return -(share_NV * share_NV.clamp_min(1e-9).log()).sum(-1).mean()
 
 
-def _shifted(signal_BCHW: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each picture moved by up to `most` pixels each way, its edge repeated."""
+def _moved(signal_BCHW: Tensor, most: int, flip: float, generator: torch.Generator) -> Tensor:
+    """Each picture moved by up to `most` pixels each way, its edge repeated, and mirrored with probability `flip`."""
     height, width = signal_BCHW.shape[2:]
     padded_BCHW = F.pad(signal_BCHW, (most,) * 4, mode="replicate")
     offsets = torch.randint(2 * most + 1, (len(signal_BCHW), 2), generator=generator).tolist()
+    mirrored = (torch.rand(len(signal_BCHW), generator=generator) < flip).tolist()
     moved = [one[:, down : down + height, right : right + width]
              for one, (down, right) in zip(padded_BCHW, offsets, strict=True)]  # fmt: skip
-    return torch.stack(moved)
+    return torch.stack([one.flip(2) if mirror else one for one, mirror in zip(moved, mirrored, strict=True)])

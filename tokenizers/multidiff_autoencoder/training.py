@@ -1,0 +1,126 @@
+"""What the training of every autoencoder with a codebook shares: optimizer, schedule, clipping, the adversary's turn.
+
+Shape suffixes: N latents, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from multidiff.callbacks import progress
+
+
+class AutoencoderTraining(LightningModule):
+    """Base of the trainings of tokenizers; a subclass sets `self.model`, and `self.discriminator` where it has one.
+
+    Args:
+        folder: where the trained tokenizer goes.
+        learning_rate: peak of AdamW's; linear warm-up, then a cosine down to 0 at the end of the training.
+        momentum: AdamW's first β; the second is 0.99.
+        warmup_steps: length of the warm-up.
+        weight_decay: AdamW's, of the autoencoder.
+        commitment: weight of the pull of latents towards their codes.
+        continuous_steps: steps before a learned codebook comes in, so that there is something worth clustering.
+        codebook_decay: of the codebook's moving averages, per step.
+        revive_below: a code used less than this share of the average use is moved ...
+        revive_until: ... in this first share of the training, so that the rest can settle.
+        adversary: weight of the discriminator; 0 trains none.
+        adversary_from: share of the training after which it sets in.
+        adversary_learning_rate: its peak.
+        seed: decides everything that the trainer's `seed_everything` does not.
+    """
+
+    model: nn.Module
+    discriminator: nn.Module | None
+
+    def __init__(
+        self,
+        folder: str,
+        learning_rate: float = 2e-3,
+        momentum: float = 0.9,
+        warmup_steps: int = 100,
+        weight_decay: float = 1e-4,
+        commitment: float = 0.25,
+        continuous_steps: int = 100,
+        codebook_decay: float = 0.99,
+        revive_below: float = 0.1,
+        revive_until: float = 0.8,
+        adversary: float = 0.0,
+        adversary_from: float = 0.5,
+        adversary_learning_rate: float = 5e-4,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if adversary < 0 or not 0 <= adversary_from <= 1:
+            raise ValueError(f"adversary {adversary} must be 0 or more, adversary_from {adversary_from} within 0 … 1")
+        self.discriminator = None
+        self.folder = Path(folder)
+        self.learning_rate, self.momentum = learning_rate, momentum
+        self.warmup_steps, self.weight_decay = warmup_steps, weight_decay
+        self.commitment, self.continuous_steps, self.codebook_decay = commitment, continuous_steps, codebook_decay
+        self.revive_below, self.revive_until, self.seed = revive_below, revive_until, seed
+        self.adversary, self.adversary_from = adversary, adversary_from
+        self.adversary_learning_rate = adversary_learning_rate
+
+    @property
+    def opposed(self) -> bool:
+        """Whether the discriminator takes part in this step."""
+        return self.discriminator is not None and self.come >= self.adversary_from
+
+    @property
+    def come(self) -> float:
+        """How far the training has come, 0 to 1."""
+        return progress(self.trainer, self.global_step)
+
+    @property
+    def reviving(self) -> float:
+        """`revive_below` as long as codes are moved, then 0."""
+        return self.revive_below if self.come < self.revive_until else 0.0
+
+    def resting(self) -> Tensor | float:
+        """0, with a gradient for each parameter of the discriminator, which DDP wants, while it does not take part."""
+        if self.discriminator is None or self.opposed:
+            return 0.0
+        return 0.0 * torch.stack([parameter.sum() for parameter in self.discriminator.parameters()]).sum()
+
+    def gathered(self, latents_ND: Tensor) -> Tensor:
+        """Latents of all ranks, without gradient: every rank makes the same update of the codebooks."""
+        gathered = self.all_gather(latents_ND.detach().float())
+        assert isinstance(gathered, Tensor)
+        return gathered.reshape(-1, latents_ND.shape[1])
+
+    def configure_optimizers(self) -> Any:
+        learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": learned, "weight_decay": self.weight_decay}]
+        if self.discriminator is not None:
+            opposing = list(self.discriminator.parameters())
+            groups.append({"params": opposing, "lr": self.adversary_learning_rate, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, self.learning_rate, (self.momentum, 0.99))
+
+        # Not by `estimated_stepping_batches`: it opens the data before a checkpoint's place in them is restored.
+        def factor(step: int) -> float:
+            decay = 0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step))
+            return min(1.0, (step + 1) / max(1, self.warmup_steps)) * decay
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Autoencoder and discriminator each by themselves."""
+        if not gradient_clip_val:
+            return
+        clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+        for group in optimizer.param_groups:
+            clip(group["params"], gradient_clip_val)
