@@ -2,7 +2,8 @@
 
     python scripts/evaluate.py tokenizer --data runs/demo/data --name image --tokenizer '{"plugin": "vq"}'
 
-Prints a table and ends with one line of JSON.
+Prints a table and ends with one line of JSON. STOI and PESQ are among the numbers where pystoi and pesq are installed,
+LPIPS where torchvision's weights of AlexNet, VGG-16 or SqueezeNet 1.1 are in torch's hub folder; nothing is downloaded.
 """
 
 import argparse
@@ -11,10 +12,11 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -22,29 +24,49 @@ from torchaudio.functional import resample
 from torchmetrics.functional.audio.pesq import perceptual_evaluation_speech_quality
 from torchmetrics.functional.audio.stoi import short_time_objective_intelligibility
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multidiff import Audio, Codes, ModalityTokenizer, plugins
 from multidiff.data.folder import read_metadata
 from multidiff_encodec.mel import MelLoss
+from multidiff_sound import SoundTokenizer
+from multidiff_sound.sound import to_mono
+from multidiff_vq import VQTokenizer
+from multidiff_vq.pictures import convert, to_pixels
+
+_BACKBONES: dict[Literal["alex", "vgg", "squeeze"], str] = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
 
 
 def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every number of one tokenizer, by what it says."""
     made = plugins.build({arguments.name: arguments.tokenizer})[arguments.name]
     made.to("cuda" if torch.cuda.is_available() else "cpu")
-    items = _items(made, arguments)
+    values = _values(arguments, arguments.split)[: arguments.num]
+    items = [made.read(value, arguments.data) for value in tqdm(values, desc="reading", leave=False)]
     codes, encoding = _timed(made.encode, items, arguments.batch, "encoding")
     restored, decoding = _timed(made.decode, codes, arguments.batch, "decoding")
     again, _ = _timed(made.encode, restored, arguments.batch, "encoding again")
     tokens = sum(map(len, codes))
+    bare = _bare(made, items, codes, arguments.batch)
     found: dict[str, Any] = {
         "items": len(items),
         "codes an item": tokens / len(items),
         "bits an item": sum(_bits(made, one) for one in codes) / len(items),
         "codes a second, encoded": tokens / encoding,
         "codes a second, decoded": tokens / decoding,
+        **{
+            f"as fast as the bare model, {what}": bare[what] / seconds
+            for what, seconds in (("encoded", encoding), ("decoded", decoding))
+            if bare
+        },
         "codes that come back, decoded and encoded": _agreement(codes, again),
         "saved and loaded, gives the same codes": _survives(made, items[: arguments.batch], codes),
     }
@@ -55,19 +77,21 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
         found[f"level {level}: codes in use, of {size}"] = float((share_V > 0).float().mean())
         found[f"level {level}: entropy, nats of {math.log(size):.2f}"] = entropy
     found |= _quality(items, restored)
+    if arguments.judge:
+        found |= _judged(made, arguments, values, items, restored)
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name:{width}}  {value:,.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
     return found
 
 
-def _items(made: ModalityTokenizer, arguments: argparse.Namespace) -> list[Any]:
-    records = read_metadata(arguments.data, (arguments.split,))
+def _values(arguments: argparse.Namespace, split: str) -> list[Any]:
+    """How metadata.jsonl names the items of a split, each once."""
+    records = read_metadata(arguments.data, (split,))
     values = {json.dumps(value): value for record in records for key, value in record.segments if key == arguments.name}
     if not values:
-        raise ValueError(f"{arguments.data}: no document of split {arguments.split} has a segment {arguments.name!r}")
-    chosen = list(values.values())[: arguments.num]
-    return [made.read(value, arguments.data) for value in tqdm(chosen, desc="reading", leave=False)]
+        raise ValueError(f"{arguments.data}: no document of split {split} has a segment {arguments.name!r}")
+    return list(values.values())
 
 
 def _timed(call: Callable[[list[Any]], list[Any]], inputs: list[Any], size: int, what: str) -> tuple[list[Any], float]:
@@ -78,6 +102,35 @@ def _timed(call: Callable[[list[Any]], list[Any]], inputs: list[Any], size: int,
         outputs += call(inputs[start : start + size])
         seconds += time.perf_counter() - begun
     return outputs, seconds
+
+
+def _bare(made: ModalityTokenizer, items: list[Any], codes: list[Codes], size: int) -> dict[str, float]:
+    """Seconds of the neural network alone, on tensors that are ready, in batches of equal shape; none for others."""
+    if isinstance(made, VQTokenizer):
+        inputs = [to_pixels(convert(item, made.mode)) for item in items]
+        grids = [one.ids_N.reshape(one.size["height"] // made.stride, -1) for one in codes]
+        calls = {"encoded": (made.ids_of, inputs), "decoded": (made.pixels_of, grids)}
+    elif isinstance(made, SoundTokenizer):
+        waves = [to_mono(item, made.sample_rate) for item in items]
+        padded = [torch.nn.functional.pad(wave_T, (0, -len(wave_T) % made.hop)) for wave_T in waves]
+        grids = [one.ids_N.reshape(-1, len(made.codebook_sizes)) for one in codes]
+        calls = {"encoded": (made.ids_of, padded), "decoded": (made.samples_of, grids)}
+    else:
+        return {}
+    device, seconds = next(made.model.parameters()).device, {}
+    for what, (call, tensors) in calls.items():
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            by_shape.setdefault(tensor.shape, []).append(tensor)
+        batches = [torch.stack(same[start : start + size]).to(device)
+                   for same in by_shape.values() for start in range(0, len(same), size)]  # fmt: skip
+        with torch.no_grad():
+            call(batches[0])
+            begun = time.perf_counter()
+            for batch in batches:
+                call(batch).cpu()
+            seconds[what] = time.perf_counter() - begun
+    return seconds
 
 
 def _bits(made: ModalityTokenizer, codes: Codes) -> float:
@@ -97,6 +150,48 @@ def _survives(made: ModalityTokenizer, items: list[Any], codes: list[Codes]) -> 
     same = loaded.fingerprint == made.fingerprint
     pairs = zip(loaded.encode(items), codes[: len(items)], strict=True)
     return same and all(torch.equal(a.ids_N, b.ids_N) for a, b in pairs)
+
+
+def _judged(
+    made: ModalityTokenizer, arguments: argparse.Namespace, values: list[Any], items: list[Any], restored: list[Any]
+) -> dict[str, float]:
+    """Share of items in which a classifier, trained on the originals of the training split, finds their class, before
+    and after the tokenizer."""
+    from demo.judges import ColourJudge, ImageJudge, SpeechJudge
+
+    kinds = {Image.Image: ImageJudge if getattr(items[0], "mode", "") == "L" else ColourJudge, Audio: SpeechJudge}
+    judge = next((judge for kind, judge in kinds.items() if isinstance(items[0], kind)), None)
+    if judge is None:
+        raise ValueError(f"--judge {arguments.judge}: only pictures and sounds can be judged")
+    class_of: dict[str, Any] = {}
+    for record in read_metadata(arguments.data, ("train", arguments.split)):
+        named = dict(record.segments).get(arguments.judge)
+        for key, value in record.segments:
+            if key == arguments.name and named is not None:
+                class_of[json.dumps(value)] = named
+    learned = [value for value in _values(arguments, "train") if json.dumps(value) in class_of]
+    classes = sorted({class_of[json.dumps(value)] for value in learned})
+    if len(classes) < 2:
+        raise ValueError(
+            f"{arguments.data}: segments {arguments.judge!r} beside {arguments.name!r} name no two classes"
+        )
+    labels = [classes.index(class_of[json.dumps(value)]) for value in learned]
+    originals = [made.read(value, arguments.data) for value in tqdm(learned, desc="reading", leave=False)]
+    fitted = judge.fit(originals, labels, seed=0)
+    known = [index for index, value in enumerate(values) if class_of.get(json.dumps(value)) in classes]
+    if not known:
+        raise ValueError(f"{arguments.data}: no item of split {arguments.split} is of a class of the training split")
+    expected = torch.tensor([classes.index(class_of[json.dumps(values[index])]) for index in known])
+    real, kept = (
+        float((fitted.predict([some[index] for index in known]) == expected).float().mean())
+        for some in (items, restored)
+    )
+    return {
+        f"classes, of {len(known)} items": len(classes),
+        "class found in originals": real,
+        "class found after the tokenizer": kept,
+        "the latter, share of the former": kept / max(real, 1e-9),
+    }
 
 
 def _quality(items: list[Any], restored: list[Any]) -> dict[str, float]:
@@ -121,9 +216,28 @@ def _picture(item: Image.Image, restored: Image.Image) -> dict[str, float]:
         pil_to_tensor(picture.convert(restored.mode)).float()[None] / 255 for picture in (item, restored)
     )
     return {
+        **_lpips(one_1CHW, other_1CHW),
         "PSNR, dB": float(peak_signal_noise_ratio(other_1CHW, one_1CHW, data_range=1.0)),
         "SSIM": float(structural_similarity_index_measure(other_1CHW, one_1CHW, data_range=1.0)),  # pyright: ignore[reportArgumentType]
     }
+
+
+def _lpips(one_1CHW: torch.Tensor, other_1CHW: torch.Tensor) -> dict[str, float]:
+    found = _backbone(Path(torch.hub.get_dir()) / "checkpoints")
+    if found is None:
+        return {}
+    name, measure = found
+    pair = (picture.expand(1, 3, -1, -1) for picture in (other_1CHW, one_1CHW))
+    return {f"LPIPS, {name}": float(measure(*pair))}
+
+
+@cache
+def _backbone(checkpoints: Path) -> tuple[str, LearnedPerceptualImagePatchSimilarity] | None:
+    """LPIPS with the first network whose weights torchvision has downloaded before; nothing is downloaded here."""
+    for name, file in _BACKBONES.items():
+        if (checkpoints / file).is_file():
+            return name, LearnedPerceptualImagePatchSimilarity(name, normalize=True)
+    return None
 
 
 def _sound(item: Audio, restored: Audio) -> dict[str, float]:
@@ -150,6 +264,9 @@ def main() -> None:
     one.add_argument("--split", default="test", help="train, validation or test (default: test)")
     one.add_argument("--num", type=int, default=1000, help="the most items (default: 1000)")
     one.add_argument("--batch", type=int, default=64, help="items at a time (default: 64)")
+    one.add_argument(
+        "--judge", metavar="KEY", help="segment that is the class of an item, not a caption: how well it is kept"
+    )
     one.set_defaults(run=tokenizer)
     arguments = parser.parse_args()
     try:
