@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# A model of five minutes knows its most usual pictures best: guided less at first, it draws the others too.
+_IMAGES = {"order_temperature": 6.0, "num_inference_steps": 12, "guidance_scale": 4.0, "guidance_schedule": "linear"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +85,7 @@ def _stages(options: argparse.Namespace) -> dict[str, list[str]]:
         *("--trainer.max_time", f"00:{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}"),
         *("--data.init_args.folder", data),
         *("--model.init_args.tokenizers.text", json.dumps({"plugin": "bpe", "folder": text})),
+        *("--model.init_args.samplers.image", json.dumps(_IMAGES)),
     ]
     prepare = ["python", "scripts/prepare_digits.py", "--output", data, "--seed", seed, "--num", str(options.pictures)]
     judge = ["python", "-m", "demo.evaluate", "--output", output, "--seed", seed, "--num", str(options.num)]

@@ -1,4 +1,4 @@
-"""`python -m demo.evaluate`: judge a trained digits model and write `metrics.json` and `report.html`."""
+"""`python -m demo.evaluate`: judge the trained model of a demo and write `metrics.json` and `report.html`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from demo.corpus import read_names
 from demo.metrics import bounds, measure, write_metrics
 from demo.page import write_report
 from demo.report import read_scalars
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = MultiDiffPipeline.from_pretrained(output / "model", device=device)
     sampling = {"guidance": options.guidance, "seed": options.seed}
-    metrics, samples = measure(pipeline, options.data or output / "data", num=options.num, **sampling)
+    data = options.data or output / "data"
+    subject, names = read_names(data)
+    metrics, samples = measure(pipeline, data, num=options.num, **sampling)
     training = json.loads((output / "model" / "training.json").read_text(encoding="utf-8"))
     scalars = read_scalars(output / "log")
     metrics["bound_nats_per_token"] = bounds({tag: points[-1][1] for tag, points in scalars.items()})
@@ -42,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pipeline,
         metrics,
         samples,
+        subject=subject,
+        names=names,
         logs=output / "log",
         commands=commands.read_text(encoding="utf-8").splitlines() if commands.is_file() else [],
         settings={

@@ -3,12 +3,11 @@
 Each is trained on real items, or is somebody else's recognizer; its score on real items belongs beside every score
 it gives to generated ones.
 
-Shape suffixes: B batch, N items, C classes, F mel bands, T frames.
+Shape suffixes: B batch, N items, K classes, C channels, H, W pixels, F mel bands, T frames.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -22,14 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo.speech import DIGITS
+from demo.corpus import label_in
 from multidiff.tokenizer import Audio
-
-
-def digit_named(text: str) -> int | None:
-    """The digit that a caption names; None when it holds no digit word, or more than one."""
-    named = [DIGITS.index(word) for word in re.findall(r"[a-z]+", text.lower()) if word in DIGITS]
-    return named[0] if len(named) == 1 else None
 
 
 class Judge(ABC):
@@ -47,19 +40,19 @@ class Judge(ABC):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.classifier = classifier.to(self.device)
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def network(classes: int) -> nn.Sequential:
-        """A fresh network: arrays [B, 1, height, width] to logits [B, C]."""
+    def network(cls, classes: int) -> nn.Sequential:
+        """A fresh network: arrays [B, C, H, W] to logits [B, K]."""
 
     @classmethod
     @abstractmethod
     def arrays(cls, items: Sequence[Any]) -> Tensor:
-        """Items as float32 [N, height, width] in [0, 1]."""
+        """Items as float32 [N, C, H, W] in [0, 1]."""
 
     @staticmethod
     @abstractmethod
-    def augment(arrays_BHW: Tensor, generator: torch.Generator) -> Tensor:
+    def augment(arrays_BCHW: Tensor, generator: torch.Generator) -> Tensor:
         """Arrays that vary as real items do, without changing class."""
 
     @classmethod
@@ -75,11 +68,11 @@ class Judge(ABC):
         labels_N = torch.as_tensor(labels, dtype=torch.int64)
         if len(items) == 0 or len(items) != len(labels_N):
             raise ValueError(f"a judge needs one label for each item; got {len(items)} items, {len(labels_N)} labels")
-        arrays_NHW = cls.arrays(items)
+        arrays_NCHW = cls.arrays(items)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             judge = cls(cls.network(int(labels_N.max()) + 1))
-        judge._train(arrays_NHW, labels_N, torch.Generator().manual_seed(seed), progress)
+        judge._train(arrays_NCHW, labels_N, torch.Generator().manual_seed(seed), progress)
         return judge
 
     @torch.no_grad()
@@ -88,10 +81,10 @@ class Judge(ABC):
         if len(items) == 0:
             return torch.empty(0, dtype=torch.int64)
         self.classifier.eval()
-        chunks = (chunk[:, None].to(self.device) for chunk in self.arrays(items).split(512))
+        chunks = (chunk.to(self.device) for chunk in self.arrays(items).split(512))
         return torch.cat([self.classifier(chunk).argmax(-1).cpu() for chunk in chunks])
 
-    def _train(self, arrays_NHW: Tensor, labels_N: Tensor, generator: torch.Generator, progress: bool) -> None:
+    def _train(self, arrays_NCHW: Tensor, labels_N: Tensor, generator: torch.Generator, progress: bool) -> None:
         batches = [
             batch
             for _ in range(self.epochs)
@@ -103,9 +96,9 @@ class Judge(ABC):
         )
         self.classifier.train()
         for batch in tqdm(batches, desc=f"training {type(self).__name__}", disable=not progress, leave=False):
-            arrays_BHW = self.augment(arrays_NHW[batch], generator).to(self.device)
-            logits_BC = self.classifier(arrays_BHW[:, None])
-            loss = F.cross_entropy(logits_BC, labels_N[batch].to(self.device), label_smoothing=0.05)
+            arrays_BCHW = self.augment(arrays_NCHW[batch], generator).to(self.device)
+            logits_BK = self.classifier(arrays_BCHW)
+            loss = F.cross_entropy(logits_BK, labels_N[batch].to(self.device), label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -116,28 +109,38 @@ class ImageJudge(Judge):
     """Names the class of grey 32x32 pictures (any mode and size is converted)."""
 
     epochs = 5
+    mode: ClassVar[str] = "L"
 
-    @staticmethod
-    def network(classes: int) -> nn.Sequential:
+    @classmethod
+    def network(cls, classes: int) -> nn.Sequential:
         return nn.Sequential(
-            *_block(1, 16, kernel=5, stride=2), *_block(16, 32), nn.MaxPool2d(2), *_block(32, 64), nn.MaxPool2d(2),
+            *_block(len(cls.mode), 16, kernel=5, stride=2), *_block(16, 32), nn.MaxPool2d(2),
+            *_block(32, 64), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(64 * 4 * 4, 128), nn.ReLU(), nn.Linear(128, classes),
         )  # fmt: skip
 
     @classmethod
     def arrays(cls, items: Sequence[Image.Image]) -> Tensor:
-        """Pictures as float32 [N, 32, 32] in [0, 1]."""
-        grey = (item.convert("L") for item in items)
-        fitted = (item if item.size == (32, 32) else item.resize((32, 32)) for item in grey)
-        return torch.from_numpy(np.stack([np.asarray(item, dtype=np.float32) for item in fitted])) / 255
+        """Pictures as float32 [N, C, 32, 32] in [0, 1]."""
+        converted = (item.convert(cls.mode) for item in items)
+        fitted = (item if item.size == (32, 32) else item.resize((32, 32)) for item in converted)
+        arrays = np.stack([np.asarray(item, dtype=np.float32).reshape(32, 32, -1) for item in fitted])
+        return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous() / 255
 
     @staticmethod
-    def augment(arrays_BHW: Tensor, generator: torch.Generator) -> Tensor:
-        """Turn, scale, slant and move each picture a little."""
-        jitter_B23 = torch.empty(len(arrays_BHW), 2, 3).uniform_(-0.12, 0.12, generator=generator)
+    def augment(arrays_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+        """Turn, scale, slant and move each picture a little; what comes in is like its first pixel."""
+        jitter_B23 = torch.empty(len(arrays_BCHW), 2, 3).uniform_(-0.12, 0.12, generator=generator)
         transform_B23 = torch.eye(2, 3) + jitter_B23
-        grid = F.affine_grid(transform_B23, [len(arrays_BHW), 1, 32, 32], align_corners=False)
-        return F.grid_sample(arrays_BHW[:, None], grid, align_corners=False)[:, 0]
+        grid = F.affine_grid(transform_B23, [len(arrays_BCHW), 1, 32, 32], align_corners=False)
+        corner_BC11 = arrays_BCHW[:, :, :1, :1]
+        return F.grid_sample(arrays_BCHW - corner_BC11, grid, align_corners=False) + corner_BC11
+
+
+class ColourJudge(ImageJudge):
+    """Names the class of 32x32 pictures in colour (any mode and size is converted)."""
+
+    mode = "RGB"
 
 
 class SpeechJudge(Judge):
@@ -151,8 +154,8 @@ class SpeechJudge(Judge):
     frames: ClassVar[int] = 96  # at 10 ms
     bands: ClassVar[int] = 40
 
-    @staticmethod
-    def network(classes: int) -> nn.Sequential:
+    @classmethod
+    def network(cls, classes: int) -> nn.Sequential:
         return nn.Sequential(
             *_block(1, 16, kernel=5, stride=2), *_block(16, 32), nn.MaxPool2d(2), *_block(32, 64), nn.MaxPool2d(2),
             nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * 5 * 12, 128), nn.ReLU(), nn.Linear(128, classes),
@@ -160,7 +163,7 @@ class SpeechJudge(Judge):
 
     @classmethod
     def arrays(cls, items: Sequence[Audio]) -> Tensor:
-        """Log-mel pictures, float32 [N, 40, 96] in [0, 1]: 1 is the loudest place of the sound, 0 is 60 dB below.
+        """Log-mel pictures, float32 [N, 1, 40, 96] in [0, 1]: 1 is the loudest place of the sound, 0 is 60 dB below.
 
         Silence at both ends is cut, the rest centred; a sound longer than 0.96 s is squeezed.
         """
@@ -173,12 +176,12 @@ class SpeechJudge(Judge):
                 chunk = indices[start : start + 256]
                 for index, picture in zip(chunk, cls._pictures([items[i] for i in chunk], rate), strict=True):
                     pictures[index] = picture
-        return torch.stack([picture for picture in pictures if picture is not None])
+        return torch.stack([picture for picture in pictures if picture is not None])[:, None]
 
     @staticmethod
-    def augment(arrays_BHW: Tensor, generator: torch.Generator) -> Tensor:
+    def augment(arrays_BCHW: Tensor, generator: torch.Generator) -> Tensor:
         """Speak faster or slower, higher or lower, earlier or later, over noise; blank a band and a moment."""
-        count, bands, frames = arrays_BHW.shape
+        count, _, bands, frames = arrays_BCHW.shape
         uniform = torch.rand(count, 9, 1, generator=generator).unbind(1)
         transform_B23 = torch.zeros(count, 2, 3)
         transform_B23[:, 0, 0] = 0.8 + 0.45 * uniform[0][:, 0]
@@ -186,13 +189,13 @@ class SpeechJudge(Judge):
         transform_B23[:, 1, 1] = 0.9 + 0.2 * uniform[2][:, 0]
         transform_B23[:, 1, 2] = 0.15 * (uniform[3][:, 0] - 0.5)
         grid = F.affine_grid(transform_B23, [count, 1, bands, frames], align_corners=False)
-        moved_BFT = F.grid_sample(arrays_BHW[:, None], grid, align_corners=False)[:, 0]
+        moved_BFT = F.grid_sample(arrays_BCHW, grid, align_corners=False)[:, 0]
         floor_B11 = 0.35 * uniform[4][:, :, None]
         noise_BFT = torch.empty_like(moved_BFT).normal_(0, 0.05, generator=generator)
         noisy_BFT = torch.maximum(moved_BFT + noise_BFT * uniform[5][:, :, None], floor_B11)
         band_BF = (torch.arange(bands) / bands - uniform[6]).abs() < 0.05 * (uniform[7] > 0.5)
         moment_BT = (torch.arange(frames) / frames - uniform[8]).abs() < 0.03
-        return noisy_BFT.masked_fill(band_BF[:, :, None], 0).masked_fill(moment_BT[:, None, :], 0)
+        return noisy_BFT.masked_fill(band_BF[:, :, None], 0).masked_fill(moment_BT[:, None, :], 0)[:, None]
 
     @classmethod
     def _pictures(cls, items: list[Audio], rate: int) -> list[Tensor]:
@@ -219,21 +222,36 @@ class SpeechJudge(Judge):
         return F.pad(heard_FT, (slack // 2, slack - slack // 2))
 
 
-class PocketsphinxJudge:
-    """A second opinion on spoken digits: the `pocketsphinx` recognizer, its model as shipped with it.
+class CaptionJudge:
+    """Finds the one of `names` that a caption names, -1 where it names none or several."""
 
-    Its grammar is closed: it answers with one of `DIGITS`, or with nothing.
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+
+    def predict(self, items: Sequence[str]) -> Tensor:
+        """The label of the name in each caption, int64 [N]."""
+        named = [label_in(item, self.names) for item in items]
+        return torch.tensor([-1 if label is None else label for label in named], dtype=torch.int64)
+
+
+class PocketsphinxJudge:
+    """A second opinion on spoken names: the `pocketsphinx` recognizer, its model as shipped with it.
+
+    Its grammar is closed: it answers with one of `names`, or with nothing. Names that its dictionary lacks are
+    not among its answers.
     """
 
     sample_rate = 16000
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
         self._decoder = pocketsphinx.Decoder(samprate=float(self.sample_rate), lm=None, loglevel="FATAL")
-        self._decoder.add_jsgf_string("digits", f"#JSGF V1.0; grammar digits; public <digit> = {' | '.join(DIGITS)};")
-        self._decoder.activate_search("digits")
+        known = " | ".join(name for name in names if self._decoder.lookup_word(name))
+        self._decoder.add_jsgf_string("names", f"#JSGF V1.0; grammar names; public <name> = {known};")
+        self._decoder.activate_search("names")
 
     def predict(self, items: Sequence[Audio]) -> Tensor:
-        """The digit in each sound, int64 [N]; -1 where none is recognized."""
+        """The label of the name in each sound, int64 [N]; -1 where none is recognized."""
         return torch.tensor([self._hear(item) for item in items], dtype=torch.int64)
 
     def _hear(self, item: Audio) -> int:
@@ -248,7 +266,7 @@ class PocketsphinxJudge:
         self._decoder.process_raw(samples.tobytes(), full_utt=True)
         self._decoder.end_utt()
         heard = self._decoder.hyp()
-        named = digit_named(heard.hypstr) if heard else None
+        named = label_in(heard.hypstr, self.names) if heard else None
         return -1 if named is None else named
 
 

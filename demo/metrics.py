@@ -1,4 +1,4 @@
-"""What the model makes of the test split's digits, in six directions, and how well, by judges that it has never met.
+"""What the model makes of a demo's test split, in six directions, and how well, by judges that it has never met.
 
 Every score stands as `{"score", "real", "reconstruction", "n"}`: the same judge's score on `n` generated items, on the
 real items of the same documents, and on what the tokenizer makes of those. The last is the ceiling.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from demo.digits import digit_of, is_real
-from demo.judges import ImageJudge, Judge, PocketsphinxJudge, SpeechJudge, digit_named
+from demo.corpus import is_real, label_of, read_names
+from demo.judges import CaptionJudge, ColourJudge, ImageJudge, Judge, PocketsphinxJudge, SpeechJudge
 from multidiff import Blank, Given, MultiDiffPipeline
 from multidiff.data.folder import Record, read_metadata
 from multidiff.seeding import generator_for
@@ -38,16 +38,16 @@ class Sample:
     """One test document in one direction.
 
     Attributes:
-        digit: the digit that the document is about.
+        label: of the name that the document is about.
         given: the item that was given.
         made: what the model made of it.
         real: the document's own item in place of `made`.
         source: how `metadata.jsonl` names `real`.
         nfe: forward passes of the denoiser.
-        judged: the digit that the judge names in `made`; None where it names none.
+        judged: the label that the judge gives `made`; None where it gives none.
     """
 
-    digit: int
+    label: int
     given: Any
     made: Any
     real: Any
@@ -60,14 +60,6 @@ class Names(Protocol):
     """A judge: names the class of each item, -1 for none."""
 
     def predict(self, items: Sequence[Any]) -> Tensor: ...
-
-
-class CaptionJudge:
-    """Names the digit that a caption names."""
-
-    def predict(self, items: Sequence[str]) -> Tensor:
-        named = [digit_named(item) for item in items]
-        return torch.tensor([-1 if digit is None else digit for digit in named], dtype=torch.int64)
 
 
 def measure(
@@ -86,7 +78,7 @@ def measure(
 
     Args:
         pipeline: a trained model with tokenizers `text`, `image`, `speech`.
-        folder: the data folder of `demo.digits.prepare`; its training split trains the judges.
+        folder: the demo's data folder; its training split trains the judges.
         num: documents per direction (fewer where the split has fewer).
         opinions: how many of them pocketsphinx hears as well.
         steps, guidance: of sampling; None takes what is saved with the model.
@@ -97,6 +89,7 @@ def measure(
     Returns:
         metrics by name, and the samples by direction.
     """
+    _, names = read_names(folder)
     judges = fit_judges(pipeline, folder, seed=seed, progress=progress)
     records = read_metadata(folder, splits=("test",))
     chosen = {name: pairs_of(records, *pair)[:num] for name, pair in DIRECTIONS.items()}
@@ -119,7 +112,7 @@ def measure(
                 judged = judges[made].predict([document[1].item for document in output.documents]).tolist()
                 samples[name] += [
                     Sample(
-                        digit=digit_of(value[1] if given == "text" else value[0]),
+                        label=label_of(value[1] if given == "text" else value[0], names),
                         given=item,
                         made=document[1].item,
                         real=pipeline.tokenizers[made].read(value[1], folder),
@@ -137,7 +130,7 @@ def measure(
         metrics[name] = accuracy(judges[made], samples[name], reconstructions[name])
     for name in tqdm(("text_to_audio", "image_to_audio"), desc="second opinion", disable=not progress):
         heard = samples[name][:opinions]
-        metrics[f"{name}_pocketsphinx"] = accuracy(PocketsphinxJudge(), heard, reconstructions[name][:opinions])
+        metrics[f"{name}_pocketsphinx"] = accuracy(PocketsphinxJudge(names), heard, reconstructions[name][:opinions])
     metrics["diversity"] = {
         "image": diversity(judges["image"], samples["text_to_image"], reconstructions["text_to_image"]),
         "audio": diversity(judges["speech"], samples["text_to_audio"], reconstructions["text_to_audio"]),
@@ -148,15 +141,17 @@ def measure(
 
 def fit_judges(pipeline: MultiDiffPipeline, folder: Path, *, seed: int = 0, progress: bool = True) -> dict[str, Any]:
     """A judge for each tokenizer by name, trained on the real training split where it needs training."""
+    _, names = read_names(folder)
     records = read_metadata(folder, splits=("train",))
-    judges: dict[str, Any] = {"text": CaptionJudge()}
-    for name, judge in (("image", ImageJudge), ("speech", SpeechJudge)):
+    judges: dict[str, Any] = {"text": CaptionJudge(names)}
+    for name in ("image", "speech"):
         values = sorted(
             {value for record in records for key, value in record.segments if key == name and is_real(value)}
         )
         reading = tqdm(values, desc=f"reading {name}", disable=not progress, leave=False)
         items = [pipeline.tokenizers[name].read(value, folder) for value in reading]
-        judges[name] = judge.fit(items, [digit_of(value) for value in values], seed=seed, progress=progress)
+        judge = SpeechJudge if name == "speech" else ImageJudge if items[0].mode == "L" else ColourJudge
+        judges[name] = judge.fit(items, [label_of(value, names) for value in values], seed=seed, progress=progress)
     return judges
 
 
@@ -168,11 +163,11 @@ def reconstruct(pipeline: MultiDiffPipeline, name: str, items: Sequence[Any], ch
 
 
 def accuracy(judge: Names, samples: Sequence[Sample], reconstructions: Sequence[Any]) -> dict[str, float]:
-    """Share of items in which the judge names the document's digit."""
-    digits = torch.tensor([sample.digit for sample in samples])
+    """Share of items that the judge gives the document's label."""
+    labels_N = torch.tensor([sample.label for sample in samples])
 
     def share(items: Sequence[Any]) -> float:
-        return round((judge.predict(items) == digits).double().mean().item(), 4)
+        return round((judge.predict(items) == labels_N).double().mean().item(), 4)
 
     return {
         "score": share([sample.made for sample in samples]),
@@ -190,13 +185,13 @@ def diversity(judge: Judge, samples: Sequence[Sample], reconstructions: Sequence
     diversity; a class with fewer than two of them has none. `real` is 1 by definition.
     """
     distinct = list({sample.source: index for index, sample in enumerate(samples)}.values())
-    real = _spread(judge, [samples[i].real for i in distinct], [samples[i].digit for i in distinct])
-    made = _spread(judge, [sample.made for sample in samples], [sample.digit for sample in samples])
-    again = _spread(judge, [reconstructions[i] for i in distinct], [samples[i].digit for i in distinct])
-    classes = [digit for digit, spread in real.items() if spread > 0]
+    real = _spread(judge, [samples[i].real for i in distinct], [samples[i].label for i in distinct])
+    made = _spread(judge, [sample.made for sample in samples], [sample.label for sample in samples])
+    again = _spread(judge, [reconstructions[i] for i in distinct], [samples[i].label for i in distinct])
+    classes = [label for label, spread in real.items() if spread > 0]
 
     def ratio(spread: Mapping[int, float]) -> float:
-        return round(sum(spread[digit] / real[digit] for digit in classes) / max(1, len(classes)), 4)
+        return round(sum(spread[label] / real[label] for label in classes) / max(1, len(classes)), 4)
 
     return {"score": ratio(made), "real": ratio(real), "reconstruction": ratio(again), "n": len(samples)}
 
@@ -227,13 +222,13 @@ def pairs_of(records: Sequence[Record], given: str, made: str) -> list[tuple[str
     return [(row[given], row[made]) for row in segments if given in row and made in row]
 
 
-def _spread(judge: Judge, items: Sequence[Any], digits: Sequence[int]) -> dict[int, float]:
-    """Mean pairwise distance of the items rightly named, by digit; 0 where there are fewer than two."""
-    digits_N = torch.tensor(digits)
-    right_N = judge.predict(items) == digits_N
+def _spread(judge: Judge, items: Sequence[Any], labels: Sequence[int]) -> dict[int, float]:
+    """Mean pairwise distance of the items rightly named, by label; 0 where there are fewer than two."""
+    labels_N = torch.tensor(labels)
+    right_N = judge.predict(items) == labels_N
     flat_ND = judge.arrays(items).flatten(1)
     spread = {}
-    for digit in sorted(set(digits)):
-        mine_MD = flat_ND[right_N & (digits_N == digit)]
-        spread[digit] = torch.pdist(mine_MD).mean().item() if len(mine_MD) > 1 else 0.0
+    for label in sorted(set(labels)):
+        mine_MD = flat_ND[right_N & (labels_N == label)]
+        spread[label] = torch.pdist(mine_MD).mean().item() if len(mine_MD) > 1 else 0.0
     return spread

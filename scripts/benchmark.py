@@ -121,13 +121,14 @@ ADAPTIVE = [
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Quality by the demo's judges against forward passes and seconds, for all orders and counts."""
-    from demo.digits import digit_of
+    from demo.corpus import label_of, read_names
     from demo.metrics import fit_judges, pairs_of
     from multidiff.data.folder import read_metadata
 
     pipe = MultiDiffPipeline.from_pretrained(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     judges = fit_judges(pipe, arguments.data, seed=arguments.seed)
+    _, names = read_names(arguments.data)
     records = read_metadata(arguments.data, splits=("test",))
     rows: list[dict[str, Any]] = []
     plans = [(task, options) for task, (_, made) in TASKS.items() for options in _plans(pipe, made)]
@@ -135,7 +136,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         given, made = TASKS[task]
         pairs = pairs_of(records, given, made)[: arguments.num]
         items = [pipe.tokenizers[given].read(value, arguments.data) for value, _ in pairs]
-        digits = torch.tensor([digit_of(value[1] if given == "text" else value[0]) for value in pairs])
+        labels_N = torch.tensor([label_of(value[1] if given == "text" else value[0], names) for value in pairs])
         saved = pipe.samplers[made]
         kept = {key: saved.settings[key] for key in ("temperature", "canvas", "guidance_scale")}
         pipe.samplers[made] = MaskSampler(**{**kept, **options})
@@ -154,7 +155,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
                 "count": options["count"],
                 "rule": _rule(options),
                 "adaptive": "num_inference_steps" not in options,
-                "score": float((judged == digits).float().mean()),
+                "score": float((judged == labels_N).float().mean()),
                 "items": len(items),
                 "nfe": sum(output.nfe) / len(output.nfe),
                 "seconds": seconds / len(items),
@@ -245,7 +246,7 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
             )
             axis.set(xlabel=label, title=task.replace("_", " ") if not line else "")
         axes[0][column].legend(fontsize=7)
-        axes[0][column].set_ylabel("right digit")
+        axes[0][column].set_ylabel("right name")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
@@ -264,7 +265,7 @@ def main() -> None:
     speed.set_defaults(run=decoding)
     help_ = "quality against work for all orders and counts"
     quality = commands.add_parser("sampling", help=help_, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    quality.add_argument("--model", type=Path, default=Path("runs/demo/model"), help="a model of the digits demo")
+    quality.add_argument("--model", type=Path, default=Path("runs/demo/model"), help="a model of a demo")
     quality.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="its data folder")
     quality.add_argument("--num", type=int, default=200, help="test documents a task")
     quality.add_argument("--seed", type=int, default=0, help="of judges and draws")

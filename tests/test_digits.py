@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from demo.digits import KINDS, MNIST, MOVED, captions, digit_of, is_real, prepare, split_of
-from demo.judges import digit_named
+from demo.corpus import KINDS, is_real, label_in, label_of, read_names
+from demo.digits import MNIST, MOVED, corpus, prepare, split_of
+from demo.speech import DIGITS
 from multidiff.data.folder import read_metadata
 
+CORPUS = corpus(20, seed=0)
 SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare_digits.py"
 
 
@@ -26,10 +28,18 @@ def folder(tmp_path_factory):
 
 def test_a_document_is_about_one_digit(folder):
     for record in read_metadata(folder):
-        digits = {digit_named(value) if name == "text" else digit_of(value) for name, value in record.segments}
+        digits = {
+            label_in(value, DIGITS) if name == "text" else label_of(value, DIGITS) for name, value in record.segments
+        }
         assert len(digits) == 1
         assert None not in digits
         assert len(dict(record.segments)) == len(record.segments) >= 2
+
+
+def test_the_folder_says_what_it_is_about(folder, tmp_path):
+    assert read_names(folder) == ("digits", DIGITS)
+    with pytest.raises(ValueError, match=r"prepared.json is missing: .* is no data folder that scripts/prepare_digits"):
+        read_names(tmp_path)
 
 
 def test_every_kind_and_order_occurs(folder):
@@ -49,7 +59,7 @@ def test_splits_are_the_permutation(folder):
     for index, record in zip(copies, records, strict=True):
         for name, value in record.segments:
             if name == "image":
-                assert digit_of(value) == labels[index]
+                assert label_of(value, DIGITS) == labels[index]
                 same = np.array_equal(np.asarray(Image.open(folder / value)), pictures[index])
                 assert same == is_real(value)
 
@@ -154,9 +164,9 @@ def test_script_ends_with_the_message_alone(tmp_path):
 @settings(deadline=None)
 @given(st.integers(0, 9), st.sampled_from(list(KINDS)))
 def test_captions_name_their_digit(digit, kind):
-    texts = captions(digit, kind)
+    texts = CORPUS.captions(digit, kind)
     assert len(set(texts)) == len(texts) >= 3
-    assert {digit_named(text) for text in texts} == {digit}
+    assert {label_in(text, DIGITS) for text in texts} == {digit}
 
 
 @settings(deadline=None)

@@ -6,8 +6,9 @@ import torch
 import torchaudio
 from PIL import Image
 
+from demo.corpus import label_in
 from demo.digits import MNIST
-from demo.judges import ImageJudge, PocketsphinxJudge, SpeechJudge, digit_named
+from demo.judges import ColourJudge, ImageJudge, PocketsphinxJudge, SpeechJudge
 from demo.speech import DIGITS, SAMPLE_RATE, VOICES, Utterance, speak
 from multidiff.tokenizer import Audio
 
@@ -41,7 +42,7 @@ def share(predicted, labels):
 
 
 @pytest.mark.parametrize(
-    ("text", "digit"),
+    ("text", "label"),
     [
         ("seven", 7),
         ("A Handwritten ZERO.", 0),
@@ -54,8 +55,8 @@ def share(predicted, labels):
         ("7", None),
     ],
 )
-def test_digit_named(text, digit):
-    assert digit_named(text) == digit
+def test_a_text_names_one_name_or_none(text, label):
+    assert label_in(text, DIGITS) == label
 
 
 def test_image_judge_learns_handwriting(pictures):
@@ -73,6 +74,24 @@ def test_image_judge_is_deterministic_and_converts(pictures):
     large = [item.convert("RGB").resize((64, 64), Image.Resampling.NEAREST) for item in items[:5]]
     assert first.predict(large).shape == (5,)
     assert first.predict([]).shape == (0,)
+
+
+def test_a_judge_of_colours_tells_what_a_grey_one_cannot():
+    random = np.random.default_rng(0)
+    noisy = random.integers(0, 60, (240, 32, 32, 3), dtype=np.uint8)
+    noisy[::2, ..., 0] += 100  # red and blue are alike in grey, but for 0.114 and 0.299 of the luma
+    noisy[1::2, ..., 2] += 100
+    noisy[1::2, ..., 1] += 31
+    items, labels = [Image.fromarray(pixels) for pixels in noisy], torch.arange(240) % 2
+    judge = ColourJudge.fit(items[:200], labels[:200], seed=0, progress=False)
+    assert judge.arrays(items[:2]).shape == (2, 3, 32, 32)
+    assert share(judge.predict(items[200:]), labels[200:]) == 1
+    grey = ImageJudge.fit(items[:200], labels[:200], seed=0, progress=False)
+    assert share(grey.predict(items[200:]), labels[200:]) < 0.8
+
+
+def test_pocketsphinx_leaves_out_names_that_it_does_not_know(words):
+    assert share(PocketsphinxJudge([*DIGITS, "zzyzx"]).predict(words[1][:20]), words[2][:20]) > 0.2
 
 
 def test_speech_judge_learns_unheard_voices(speech_judge, words):
@@ -95,14 +114,14 @@ def test_speech_judge_ignores_loudness_silence_and_channels(speech_judge, words)
 def test_judges_of_sound_take_silence_of_any_length(speech_judge, samples):
     silence = Audio(torch.zeros(1, samples), 8000)
     assert 0 <= speech_judge.predict([silence]).item() < 10
-    assert -1 <= PocketsphinxJudge().predict([silence]).item() < 10
+    assert -1 <= PocketsphinxJudge(DIGITS).predict([silence]).item() < 10
 
 
 def test_pocketsphinx_hears_digits(words):
     _, heard, labels = words
-    judge = PocketsphinxJudge()
+    judge = PocketsphinxJudge(DIGITS)
     assert share(judge.predict(heard[:50]), labels[:50]) > 0.4
-    assert torch.equal(judge.predict(heard[:5]), PocketsphinxJudge().predict(heard[:5]))
+    assert torch.equal(judge.predict(heard[:5]), PocketsphinxJudge(DIGITS).predict(heard[:5]))
 
 
 def test_a_judge_needs_a_label_for_each_item(pictures):

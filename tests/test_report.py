@@ -11,10 +11,11 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from demo.digits import prepare
-from demo.judges import ImageJudge
-from demo.metrics import DIRECTIONS, CaptionJudge, Sample, accuracy, bounds, diversity, measure, write_metrics
+from demo.judges import CaptionJudge, ImageJudge
+from demo.metrics import DIRECTIONS, Sample, accuracy, bounds, diversity, measure, write_metrics
 from demo.page import write_report
 from demo.report import Card, Report, Shown, loss_panels, read_scalars
+from demo.speech import DIGITS
 from demo.strip import OPEN, watch
 from multidiff import Audio, Blank, Given, MaskedDiffusionTransformer, MultiDiffPipeline, SharedVocabulary
 
@@ -103,7 +104,7 @@ def test_samples_are_of_the_test_split_and_do_not_depend_on_the_batch(pipeline, 
 
 def test_accuracy_counts_right_answers():
     samples = [Sample(7, None, made, real, "", 1, None) for made, real in (("a seven", "seven"), ("six", "a seven"))]
-    assert accuracy(CaptionJudge(), samples, ["seven", "no digit"]) == {
+    assert accuracy(CaptionJudge(DIGITS), samples, ["seven", "no digit"]) == {
         "score": 0.5,
         "real": 1.0,
         "reconstruction": 0.5,
@@ -177,6 +178,8 @@ def test_page_is_self_contained(tmp_path, pipeline, measured, logs):
         pipeline,
         {**metrics, **facts},
         samples,
+        subject="digits",
+        names=DIGITS,
         logs=logs,
         commands=["make demo", "multidiff generate --given text='<seven>' && echo done"],
         settings={"seed": 0, "steps": {"image": 8}},
