@@ -6,7 +6,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from multidiff_autoencoder.adversary import Balancer, adaptive_weight, feature_matching, fooling, frozen, hinge
+from multidiff_autoencoder.adversary import (
+    Balancer,
+    adaptive_weight,
+    adversarial_loss,
+    feature_matching,
+    frozen,
+    hinge_loss,
+)
 from multidiff_autoencoder.codebook import Codebook, usage
 from multidiff_vq.losses import PatchDiscriminator, PerceptualLoss, gradient_loss
 
@@ -40,10 +47,10 @@ def test_usage_and_perplexity_of_counts():
 
 def test_hinges_of_an_undecided_discriminator_and_of_a_sure_one():
     zero, sure = torch.zeros(2, 1, 4), torch.full((2, 1, 3), 3.0)
-    assert float(hinge([zero, zero], [zero, zero])) == 2.0
-    assert float(hinge([sure], [-sure])) == 0.0
-    assert float(fooling([sure, -sure])) == 0.0
-    assert float(fooling([-sure])) == 3.0
+    assert float(hinge_loss([zero, zero], [zero, zero])) == 2.0
+    assert float(hinge_loss([sure], [-sure])) == 0.0
+    assert float(adversarial_loss([sure, -sure])) == 0.0
+    assert float(adversarial_loss([-sure])) == 3.0
     assert float(feature_matching([[sure], [sure]], [[sure * 2], [sure]])) == 0.5
 
 

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def hinge(real: Sequence[Tensor], restored: Sequence[Tensor]) -> Tensor:
+def hinge_loss(real: Sequence[Tensor], restored: Sequence[Tensor]) -> Tensor:
     """The discriminator's loss, from its scores of real and of restored items at each of its scales."""
     parts = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, restored, strict=True)]
     return torch.stack(parts).mean()
 
 
-def fooling(restored: Sequence[Tensor]) -> Tensor:
+def adversarial_loss(restored: Sequence[Tensor]) -> Tensor:
     """The autoencoder's loss, from the discriminator's scores of restored items at each of its scales."""
     return torch.stack([-scores.mean() for scores in restored]).mean()
 

@@ -72,19 +72,19 @@ class AutoencoderTraining(LightningModule):
     @property
     def opposed(self) -> bool:
         """Whether the discriminator takes part in this step."""
-        return self.discriminator is not None and self.come >= self.adversary_from
+        return self.discriminator is not None and self.fraction_done >= self.adversary_from
 
     @property
-    def come(self) -> float:
+    def fraction_done(self) -> float:
         """How far the training has come, 0 to 1."""
         return progress(self.trainer, self.global_step)
 
     @property
     def reviving(self) -> float:
         """`revive_below` as long as codes are moved, then 0."""
-        return self.revive_below if self.come < self.revive_until else 0.0
+        return self.revive_below if self.fraction_done < self.revive_until else 0.0
 
-    def resting(self) -> Tensor | float:
+    def idle_discriminator(self) -> Tensor | float:
         """0, with a gradient for each parameter of the discriminator, which DDP wants, while it does not take part."""
         if self.discriminator is None or self.opposed:
             return 0.0

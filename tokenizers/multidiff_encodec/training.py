@@ -11,7 +11,7 @@ the package's own model:
 
 Loss: mean over window lengths of |Δ log mel| + |Δ mel| (`MelLoss`), plus commitment · Σ_levels mean (r - sg[e])². With
 an adversary, the package's multi-scale STFT discriminator (Défossez et al. 2022, section 3.4), a balancer gives the mel
-loss, the fooling of the discriminator and the matching of its features their shares of the gradient at the output.
+loss, the adversarial loss and feature matching their shares of the gradient at the output.
 
 Shape suffixes: B sounds, C channels (1), T samples, t frames, K levels, D latent width, N latents of a batch.
 """
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from multidiff.seeding import generator_for
 from multidiff.tokenizer import Audio
-from multidiff_autoencoder.adversary import Balancer, feature_matching, fooling, frozen, hinge
+from multidiff_autoencoder.adversary import Balancer, adversarial_loss, feature_matching, frozen, hinge_loss
 from multidiff_autoencoder.codebook import Codebook, usage
 from multidiff_autoencoder.training import AutoencoderTraining
 from multidiff_encodec.folder import write_codec
@@ -88,7 +88,7 @@ class EncodecTraining(AutoencoderTraining):
         self.fewer_levels = fewer_levels
         if self.adversary:
             self.discriminator = _discriminator(discriminator_filters, self.config.sample_rate, self.seed)
-            self.balancer = Balancer({"mel": mel, "fooling": self.adversary, "features": features})
+            self.balancer = Balancer({"mel": mel, "adversarial": self.adversary, "features": features})
         self._recent: deque[Tensor] = deque(maxlen=16)
 
     @property
@@ -105,13 +105,16 @@ class EncodecTraining(AutoencoderTraining):
             quantized_BDt, commitment = self._quantize(latents_BDt)
         restored_BCT = self.model.decoder(quantized_BDt)[..., : waveform_BCT.shape[-1]]
         mel = self.mel_loss(restored_BCT[:, 0], waveform_BCT[:, 0])
-        loss = self.commitment * commitment + self.resting()
+        loss = self.commitment * commitment + self.idle_discriminator()
         losses = {"mel": mel}
         if self.opposed:
-            against, told = self._oppose(restored_BCT, waveform_BCT)
-            losses |= against
-            loss = loss + told
-            self.log_dict({"train/discriminator": told} | {f"train/{name}": value for name, value in against.items()})
+            adversarial_losses, discriminator_loss = self._oppose(restored_BCT, waveform_BCT)
+            losses |= adversarial_losses
+            loss = loss + discriminator_loss
+            self.log_dict(
+                {"train/discriminator": discriminator_loss}
+                | {f"train/{name}": value for name, value in adversarial_losses.items()}
+            )
         # From the first step on, though there is nothing to balance yet: the commitment keeps its share.
         loss = loss + (mel if self.discriminator is None else self.balancer(losses, restored_BCT))
         self.log("train/mel", mel, prog_bar=True)
@@ -177,8 +180,8 @@ class EncodecTraining(AutoencoderTraining):
         real_scores, real_features = self.discriminator(waveform_BCT)
         with frozen(self.discriminator):
             scores, features = self.discriminator(restored_BCT)
-        losses = {"fooling": fooling(scores), "features": feature_matching(real_features, features)}
-        return losses, hinge(real_scores, self.discriminator(restored_BCT.detach())[0])
+        losses = {"adversarial": adversarial_loss(scores), "features": feature_matching(real_features, features)}
+        return losses, hinge_loss(real_scores, self.discriminator(restored_BCT.detach())[0])
 
     def _show(self, name: str, waveform_BCT: Tensor) -> None:
         if isinstance(self.logger, TensorBoardLogger):

@@ -34,7 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from multidiff.data.folder import read_metadata
 from multidiff.data.module import ShuffledBatches
 from multidiff.seeding import generator_for
-from multidiff_autoencoder.adversary import adaptive_weight, fooling, frozen, hinge
+from multidiff_autoencoder.adversary import adaptive_weight, adversarial_loss, frozen, hinge_loss
 from multidiff_autoencoder.codebook import Codebook, usage
 from multidiff_autoencoder.training import AutoencoderTraining
 from multidiff_vq.folder import write_model
@@ -146,13 +146,13 @@ class VQTraining(AutoencoderTraining):
         parts = self._likeness(restored_BCHW, signal_BCHW)
         reconstruction = parts["reconstruction"]
         parts["commitment"] = F.mse_loss(latents_BDhw, quantized_BDhw.detach())
-        loss = reconstruction + self.commitment * parts["commitment"] + self.entropy * own + self.resting()
+        loss = reconstruction + self.commitment * parts["commitment"] + self.entropy * own + self.idle_discriminator()
         if self.rate and self.codebook.started:
             parts["entropy"] = _entropy_by_place(latents_BDhw, self.codebook.codes_VD)
             loss = loss + self.rate * parts["entropy"]
         if self.opposed:
             parts |= self._oppose(reconstruction, restored_BCHW, signal_BCHW)
-            loss = loss + parts["weight"] * self.adversary * parts["fooling"] + parts["discriminator"]
+            loss = loss + parts["weight"] * self.adversary * parts["adversarial"] + parts["discriminator"]
         self.log_dict({"train/loss": loss, "train/reconstruction": parts.pop("reconstruction")}, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in parts.items()})
         self._log_codebook("train", self.count_V, above=0.1)
@@ -219,10 +219,10 @@ class VQTraining(AutoencoderTraining):
         """Losses of autoencoder and discriminator against each other."""
         assert self.discriminator is not None
         with frozen(self.discriminator):
-            misled = fooling([self.discriminator(restored_BCHW)])
-        told = hinge([self.discriminator(signal_BCHW)], [self.discriminator(restored_BCHW.detach())])
-        weight = adaptive_weight(reconstruction, misled, self.model.decoder.conv_out.weight)
-        return {"fooling": misled, "discriminator": told, "weight": weight}
+            adversarial = adversarial_loss([self.discriminator(restored_BCHW)])
+        discriminator_loss = hinge_loss([self.discriminator(signal_BCHW)], [self.discriminator(restored_BCHW.detach())])
+        weight = adaptive_weight(reconstruction, adversarial, self.model.decoder.conv_out.weight)
+        return {"adversarial": adversarial, "discriminator": discriminator_loss, "weight": weight}
 
     def _log_codebook(self, stage: str, count_V: Tensor, above: float = 0.0) -> None:
         used, perplexity = usage(count_V, above)
