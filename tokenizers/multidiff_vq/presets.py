@@ -28,7 +28,7 @@ def _size(pixels: int, channels: int, widths: list[int], codes: int, latent: int
 PRESETS: dict[str, dict[str, Any]] = {
     "digits-32": _size(32, 1, [4, 8, 32, 64], 64, 8, 2),  # 4×4 codes
     "grey-32": _size(32, 1, [16, 32, 64, 64], 256, 8, 8),  # 4×4 codes
-    "rgb-32": _size(32, 3, [16, 32, 64], 1024, 8, 8),  # 8×8 codes
+    "rgb-32": _size(32, 3, [16, 32, 64], 512, 8, 8),  # 8×8 codes
     "rgb-64": _size(64, 3, [16, 32, 64, 128], 1024, 8, 8),  # 8×8
     "rgb-128": _size(128, 3, [32, 64, 128, 128], 1024, 8, 16),  # 16×16
     "rgb-256": _size(256, 3, [32, 64, 128, 128, 256], 4096, 8, 32),  # 16×16
