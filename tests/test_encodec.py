@@ -20,7 +20,7 @@ from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Audio, Codes, ItemError
 from multidiff_encodec import EncodecTokenizer
 from multidiff_encodec.data import SoundData
-from multidiff_encodec.folder import read_codec, write_codec
+from multidiff_encodec.folder import inference_state, read_codec, write_codec
 from multidiff_encodec.mel import MelLoss
 from multidiff_encodec.model import PRESETS, CodecConfig, build_model, codebooks_of, mark_started
 from multidiff_encodec.training import EncodecTraining
@@ -59,6 +59,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return EncodecTokenizer(str(folder))
+
+
+def test_weights_in_half_precision_are_half_as_large_and_read_as_float32(folder, tmp_path):
+    model = random_model()
+    write_codec(model, CONFIG, tmp_path, half_precision=True)
+    half, whole = ((place / "model.safetensors").stat().st_size for place in (tmp_path, folder))
+    assert half < 0.7 * whole  # names take their part of so small a file
+    read = read_codec(tmp_path)[0].state_dict()
+    for name, tensor in inference_state(model).items():
+        assert torch.equal(read[name], tensor.half().float()), name
 
 
 def test_contract(tokenizer, tmp_path):
@@ -388,6 +398,7 @@ def test_an_adversary_sets_in_when_it_is_its_turn_and_resumes_to_the_same_weight
     trainer = fit(tones, tmp_path, **settings)
     training = trainer.lightning_module
     assert training.balancer.steps_I.tolist() == [24, 12, 12]
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == pytest.approx([0.0, 5e-4])
     assert trainer.callback_metrics["train/discriminator"] > 0
     assert trainer.callback_metrics["train/features"] > 0
     untouched = EncodecTraining("words-8khz", "unused", TINY, **{k: v for k, v in settings.items() if k != "steps"})

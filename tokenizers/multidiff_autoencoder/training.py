@@ -33,7 +33,8 @@ class AutoencoderTraining(LightningModule):
         revive_until: ... in this first share of the training, so that the rest can settle.
         adversary: weight of the discriminator; 0 trains none.
         adversary_from: share of the training after which it sets in.
-        adversary_learning_rate: its peak.
+        adversary_learning_rate: AdamW's for the discriminator, constant: when it sets in, the other has come down.
+        half_precision: write the weights as float16, in half the bytes; they are read as float32 all the same.
         seed: decides everything that the trainer's `seed_everything` does not.
     """
 
@@ -55,6 +56,7 @@ class AutoencoderTraining(LightningModule):
         adversary: float = 0.0,
         adversary_from: float = 0.5,
         adversary_learning_rate: float = 5e-4,
+        half_precision: bool = False,
         seed: int = 0,
     ):
         super().__init__()
@@ -67,7 +69,7 @@ class AutoencoderTraining(LightningModule):
         self.commitment, self.continuous_steps, self.codebook_decay = commitment, continuous_steps, codebook_decay
         self.revive_below, self.revive_until, self.seed = revive_below, revive_until, seed
         self.adversary, self.adversary_from = adversary, adversary_from
-        self.adversary_learning_rate = adversary_learning_rate
+        self.adversary_learning_rate, self.half_precision = adversary_learning_rate, half_precision
 
     @property
     def opposed(self) -> bool:
@@ -109,7 +111,8 @@ class AutoencoderTraining(LightningModule):
             decay = 0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step))
             return min(1.0, (step + 1) / max(1, self.warmup_steps)) * decay
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        factors = [factor, lambda _: 1.0]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors[: len(groups)])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(

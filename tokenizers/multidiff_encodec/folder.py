@@ -48,9 +48,12 @@ _NAMES = {
 }
 
 
-def write_codec(model: EncodecModel, config: CodecConfig, folder: Path) -> None:
-    """Write a codec; each file is whole or absent."""
-    write_folder(folder, asdict(config), inference_state(model))
+def write_codec(model: EncodecModel, config: CodecConfig, folder: Path, half_precision: bool = False) -> None:
+    """Write a codec, in half precision if wanted; each file is whole or absent."""
+    tensors = inference_state(model)
+    if half_precision:
+        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    write_folder(folder, asdict(config), tensors)
 
 
 def inference_state(model: EncodecModel) -> dict[str, Tensor]:

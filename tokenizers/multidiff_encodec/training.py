@@ -141,7 +141,7 @@ class EncodecTraining(AutoencoderTraining):
 
     def export(self, folder: Path) -> None:
         """Write the codec as it is now; `EncodecTokenizer(weights=folder)` opens it."""
-        write_codec(self.model, self.config, folder)
+        write_codec(self.model, self.config, folder, self.half_precision)
 
     def _quantize(self, latents_BDt: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the levels' codes, straight through, and the commitment loss; the codebooks follow the latents."""

@@ -46,11 +46,13 @@ def read_model(folder: Path) -> VQModel:
     return model.eval().requires_grad_(False)
 
 
-def write_model(model: VQModel, folder: Path) -> None:
-    """Write `model` as diffusers does; each file whole or not at all."""
+def write_model(model: VQModel, folder: Path, half_precision: bool = False) -> None:
+    """Write `model` as diffusers does, in half precision if wanted; each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / (WEIGHTS + ".partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if half_precision:
+        tensors = {name: tensor.half() for name, tensor in tensors.items()}
     beside.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
     beside.replace(folder / WEIGHTS)
     write_json(json.loads(model.to_json_string()), folder / CONFIG)

@@ -177,7 +177,7 @@ class VQTraining(AutoencoderTraining):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            write_model(self.model, self.folder)
+            write_model(self.model, self.folder, self.half_precision)
             write_settings(self.folder, *self.picture_size_2.tolist())
 
     def _restore(self, quantized_BDhw: Tensor) -> Tensor:
