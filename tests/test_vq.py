@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from demo.openmoji import catalogue, draw
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError
 from multidiff_vq import VQTokenizer
-from multidiff_vq.folder import write_model
+from multidiff_vq.folder import read_model, write_model
 from multidiff_vq.pictures import convert
 from multidiff_vq.presets import PRESETS
 from multidiff_vq.quantizers import codebook_arguments, fixed_quantizer, quantize
@@ -94,6 +95,17 @@ def test_shipped_weights_reconstruct_unseen_handwriting_with_most_of_their_codes
     assert {len(one) for one in codes} == {16}
     assert np.mean([psnr(*pair) for pair in zip(digits, DIGITS.decode(codes), strict=True)]) > 22
     assert len(torch.cat([one.ids_N for one in codes]).unique()) > 0.95 * DIGITS.codebook_sizes[0]
+
+
+def test_shipped_weights_reconstruct_unseen_emoji_with_nearly_all_their_codes(tmp_path):
+    shipped, characters = VQTokenizer("openmoji"), list(catalogue().values())
+    check_tokenizer(shipped, tmp_path)
+    held_out = np.random.default_rng(0).permutation(len(characters))[: len(characters) // 10]
+    emoji = [Image.fromarray(draw(characters[index], 32)) for index in held_out]
+    codes = shipped.encode(emoji)
+    assert {len(one) for one in codes} == {64}
+    assert np.mean([psnr(*pair) for pair in zip(emoji, shipped.decode(codes), strict=True)]) > 23
+    assert len(torch.cat([one.ids_N for one in codes]).unique()) > 0.95 * shipped.codebook_sizes[0]
 
 
 @settings(deadline=None, max_examples=10)
@@ -275,6 +287,17 @@ def test_foreign_configurations_are_refused(broken, content, words):
     with pytest.raises(ValueError, match=words) as caught:
         VQTokenizer.load(broken)
     assert str(broken) in str(caught.value)
+
+
+def test_weights_in_half_precision_are_half_as_large_and_read_as_float32(tmp_path):
+    model = VQModel(**arguments(3))
+    write_model(model, tmp_path / "whole")
+    write_model(model, tmp_path / "half", half_precision=True)
+    whole, half = ((tmp_path / name / WEIGHTS).stat().st_size for name in ("whole", "half"))
+    assert half < 0.7 * whole  # names take their part of so small a file
+    read = read_model(tmp_path / "half").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read[name], tensor.half().float()), name
 
 
 def test_models_of_other_than_pictures_are_refused(tmp_path):

@@ -5,7 +5,7 @@ folder.py      a VQModel's folder, read and written with every name and shape ch
 pictures.py    picture files to pixels and back
 training.py    VQTraining and PictureData, for `multidiff fit`; presets.py: sizes, quantizers.py: vq, fsq and lfq,
                losses.py: gradient, perceptual and PatchGAN
-weights/       what comes with it: `VQTokenizer("digits")`
+weights/       what comes with it: `VQTokenizer("digits")`, `VQTokenizer("openmoji")`
 """
 
 from multidiff_vq.tokenizer import VQTokenizer

@@ -45,8 +45,8 @@ class VQTokenizer(ModalityTokenizer):
     what is transparent shows white behind it.
 
     Args:
-        weights: a preset that comes with the package ("digits": grey, 16 codes for 32×32 pixels), or a folder with any
-            `VQModel` of diffusers, or one that `save` wrote.
+        weights: a preset that comes with the package ("digits": grey, 16 codes for 32×32 pixels; "openmoji": RGB, 64
+            codes), or a folder with any `VQModel` of diffusers, or one that `save` wrote.
         height, width: pixels of `canvas()` without arguments; by default what the folder says: our own settings, else
             the model's `sample_size`.
 
