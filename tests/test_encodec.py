@@ -411,6 +411,16 @@ def test_an_adversary_sets_in_when_it_is_its_turn_and_resumes_to_the_same_weight
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*exists and is not empty.*")
+def test_codebooks_start_from_the_same_latents_after_an_interruption(tones, tmp_path):
+    fit(tones, tmp_path, steps=26, continuous_steps=22)
+    expected = load_file(tmp_path / "codec" / "model.safetensors")
+    interrupted = tmp_path / "checkpoints" / "step=22.ckpt"
+    fit(tones, tmp_path, ckpt_path=interrupted, steps=26, continuous_steps=22)
+    resumed = load_file(tmp_path / "codec" / "model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
 def test_training_data_is_cut_or_padded_and_the_same_for_the_same_seed(tones):
     one, same, other = (
         next(iter(SoundData(str(tones), 8_000, 1_024, seed=seed).train_dataloader())) for seed in (0, 0, 1)

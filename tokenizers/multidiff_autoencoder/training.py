@@ -115,6 +115,12 @@ class AutoencoderTraining(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors[: len(groups)])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """AdamW's moments of the discriminator begin when it sets in: zeros before make its first steps too long."""
+        if self.discriminator is not None and not self.opposed:
+            for parameter in self.discriminator.parameters():
+                parameter.grad = None
+
     def configure_gradient_clipping(
         self,
         optimizer: Any,

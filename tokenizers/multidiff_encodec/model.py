@@ -74,12 +74,16 @@ PRESETS = {
         8_000, codebooks=1, codebook_size=64, dimension=64, encoder_filters=8, decoder_filters=12, lstm_layers=1,
         causal=False, convolved_skip=False,
     ),
+    "words-16khz": CodecConfig(
+        16_000, codebooks=3, dimension=64, encoder_filters=10, decoder_filters=14, lstm_layers=1, causal=False,
+        convolved_skip=False,
+    ),  # 50 frames/s, 1.5 kbit/s
     "8khz": CodecConfig(
         8_000, codebooks=2, dimension=128, encoder_filters=12, decoder_filters=16, lstm_layers=1, causal=False,
         convolved_skip=False,
     ),  # 25 frames/s, 0.5 kbit/s
     "16khz": CodecConfig(
-        16_000, codebooks=3, dimension=64, encoder_filters=10, decoder_filters=14, lstm_layers=1, causal=False,
+        16_000, codebooks=3, dimension=128, encoder_filters=12, decoder_filters=20, lstm_layers=1, causal=False,
         convolved_skip=False,
     ),  # 50 frames/s, 1.5 kbit/s
     "24khz": CodecConfig(24_000, codebooks=8, causal=False),  # 75 frames/s, 6 kbit/s

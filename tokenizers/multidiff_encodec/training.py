@@ -50,7 +50,8 @@ class EncodecTraining(AutoencoderTraining):
     entropy of their use; in TensorBoard, sounds of the validation split and their reconstructions.
 
     Args:
-        preset: a size from `multidiff_encodec.model.PRESETS`: words-8khz, 8khz, 16khz, 24khz, meta-24khz.
+        preset: a size from `multidiff_encodec.model.PRESETS`: words-8khz, words-16khz, 8khz, 16khz, 24khz,
+            meta-24khz.
         folder: where the trained codec goes.
         settings: what differs from the preset, by name of `CodecConfig`.
         fewer_levels: share of items decoded from a random number of levels.
@@ -134,6 +135,14 @@ class EncodecTraining(AutoencoderTraining):
                 self._show(f"{levels} levels", restored_BCT[:4])
         if batch_idx == 0 and self.trainer.is_global_zero:
             self._show("original", waveform_BCT[:4])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The latents that the codebooks are to start from, as long as they have not."""
+        checkpoint["recent_latents"] = list(self._recent)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them up again."""
+        self._recent.extend(checkpoint["recent_latents"])
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
