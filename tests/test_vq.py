@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from demo.openmoji import catalogue, draw
+from demo.openmoji import catalogue, draw, splits
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError
 from multidiff_vq import VQTokenizer
@@ -98,10 +98,11 @@ def test_shipped_weights_reconstruct_unseen_handwriting_with_most_of_their_codes
 
 
 def test_shipped_weights_reconstruct_unseen_emoji_with_nearly_all_their_codes(tmp_path):
-    shipped, characters = VQTokenizer("openmoji"), list(catalogue().values())
+    shipped, characters = VQTokenizer("openmoji"), catalogue()
     check_tokenizer(shipped, tmp_path)
-    held_out = np.random.default_rng(0).permutation(len(characters))[: len(characters) // 10]
-    emoji = [Image.fromarray(draw(characters[index], 32)) for index in held_out]
+    shipped.save(tmp_path / "saved")
+    assert "CC BY-SA 4.0" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    emoji = [Image.fromarray(draw(characters[name], 32)) for name in splits()["test"]]
     codes = shipped.encode(emoji)
     assert {len(one) for one in codes} == {64}
     assert np.mean([psnr(*pair) for pair in zip(emoji, shipped.decode(codes), strict=True)]) > 23

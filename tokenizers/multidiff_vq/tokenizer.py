@@ -34,6 +34,7 @@ from multidiff_vq.pictures import (
 )
 
 SETTINGS = "vq_tokenizer.json"
+CARD = "README.md"
 _PRESETS = Path(__file__).parent / "weights"
 _PIXELS_AT_ONCE = (64 * 32 * 32, 1024 * 32 * 32)  # on a CPU, whose caches are small, and elsewhere
 
@@ -63,6 +64,8 @@ class VQTokenizer(ModalityTokenizer):
         if not folder.is_dir():
             raise ValueError(f"{weights!r} is neither a folder with a VQModel nor a preset ({', '.join(presets)})")
         self.model = read_model(folder)
+        card = folder / CARD
+        self._card = card.read_bytes() if card.is_file() else None  # says whose the weights are
         config = self.model.config
         if config["in_channels"] not in MODES or config["out_channels"] != config["in_channels"]:
             raise ValueError(
@@ -167,9 +170,11 @@ class VQTokenizer(ModalityTokenizer):
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write a folder that plain diffusers opens too, with our settings beside the model."""
+        """Write a folder that plain diffusers opens too, with our settings and the weights' card beside the model."""
         write_model(self.model, folder)
         write_settings(folder, self.height, self.width)
+        if self._card is not None:
+            (folder / CARD).write_bytes(self._card)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
