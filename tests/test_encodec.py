@@ -442,6 +442,7 @@ def test_training_names_what_is_missing(tones):
 def test_presets_fit_their_names():
     assert {name: (config.sample_rate, config.hop) for name, config in PRESETS.items()} == {
         "words-8khz": (8_000, 320),
+        "words-16khz": (16_000, 320),
         "8khz": (8_000, 320),
         "16khz": (16_000, 320),
         "24khz": (24_000, 320),

@@ -9,7 +9,7 @@ the package's own model:
 - half of the items are decoded from fewer levels, drawn uniformly (SoundStream, Zeghidour et al. 2021, section III-C),
   so that levels can be dropped afterwards.
 
-Loss: mean over window lengths of |Δ log mel| + |Δ mel| (`MelLoss`), plus commitment · Σ_levels mean (r - sg[e])². With
+Loss: mean over window lengths of |Δ log mel| + |Δ mel| (`MelLoss`), plus commitment · mean (z - sg[Σ_levels e])². With
 an adversary, the package's multi-scale STFT discriminator (Défossez et al. 2022, section 3.4), a balancer gives the mel
 loss, the adversarial loss and feature matching their shares of the gradient at the output.
 
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from encodec.model import EncodecModel
 from encodec.msstftd import MultiScaleSTFTDiscriminator
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -164,16 +165,15 @@ class EncodecTraining(AutoencoderTraining):
         fewer_B = torch.rand(len(latents_BDt), generator=own) < self.fewer_levels
         levels_B = torch.where(fewer_B, torch.randint(1, count + 1, fewer_B.shape, generator=own), count)
         residual_BDt, sum_BDt = latents_BDt, torch.zeros_like(latents_BDt)
-        commitment = latents_BDt.new_zeros(())
         for level, book in enumerate(self.codebooks):
             codes_ND = book.nearest(_flat(residual_BDt).float())
             codes_BDt = codes_ND.unflatten(0, (len(latents_BDt), -1)).transpose(1, 2)
             active_B11 = (levels_B > level).to(latents_BDt)[:, None, None]
-            commitment = commitment + (active_B11 * (residual_BDt - codes_BDt).square()).mean()
             book.follow(self.gathered(_flat(residual_BDt)), self.codebook_decay, self.reviving, generator)
             sum_BDt = sum_BDt + active_B11 * codes_BDt
             residual_BDt = residual_BDt - codes_BDt
-        return latents_BDt + (sum_BDt - latents_BDt).detach(), commitment
+        # To the sum, not to each level: pulled to the first, latents would leave nothing for the others to say.
+        return latents_BDt + (sum_BDt - latents_BDt).detach(), F.mse_loss(latents_BDt, sum_BDt)
 
     def _start_codebooks(self, generator: torch.Generator) -> None:
         residual_ND = torch.cat(list(self._recent))
