@@ -1,13 +1,16 @@
-# `make demo`: set up, prepare data, train, generate, judge, report.   `make test`: set up, lint, test.
+# `make demo`, `make emoji`: set up, prepare data, train, generate, judge, report.   `make test`: set up, lint, test.
 PYTHON ?= python3
 BIN := .venv/bin
 # Without it every process compiles torch, diffusers and lightning anew wherever bytecode writing is off.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: demo test lint lock clean
+.PHONY: demo emoji test lint lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m demo
+
+emoji: .venv/installed
+	$(BIN)/python -m demo emoji
 
 test: lint
 	$(BIN)/python -m pytest

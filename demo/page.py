@@ -13,7 +13,12 @@ from demo.strip import watch
 from multidiff import Blank, Given, MultiDiffPipeline
 
 _GALLERIES = {  # direction: title, note, samples of each name, samples at most
-    "text_to_image": ("Pictures from words", "Each picture is new; below it the caption that it was made from.", 4, 40),
+    "text_to_image": (
+        "Pictures from words",
+        "Each picture is new; below it the caption that it was made from.",
+        4,
+        100,
+    ),
     "text_to_audio": (
         "Speech from words",
         "Each word is spoken anew; below it the caption that it was made from.",
@@ -31,7 +36,8 @@ _INTRODUCTIONS = {
     "that it never met in training.",
     "emoji": "Emoji in colour (OpenMoji, CC BY-SA 4.0), their names and the spoken name: one masked diffusion "
     "transformer, trained from scratch, fills in whichever is missing. All that was given here comes from the test "
-    "split: voices that it never met in training, and pictures that are turned, scaled and shifted as none was there.",
+    "split: voices that it never met in training, and pictures that are turned, scaled and shifted as none was there. "
+    "The picture tokenizer has seen most of these emoji.",
 }
 
 

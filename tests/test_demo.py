@@ -1,8 +1,13 @@
-"""A miniature of the whole demo: the same commands on 120 pictures and a few seconds of training."""
+"""Miniatures of the whole demos: the same commands on a few pictures and a few seconds of training."""
 
+import base64
+import io
 import json
+import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from demo.__main__ import main
 
@@ -12,6 +17,17 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     main(["--output", str(folder), "--pictures", "120", "--minutes", "0.05", "--num", "4"])
     return folder
+
+
+def test_emoji_end_in_the_same_report_in_colour(tmp_path):
+    main(["emoji", "--output", str(tmp_path), "--pictures", "1", "--minutes", "0.03", "--num", "2"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["text_to_image"]["n"] == 2
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "OpenMoji" in page
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one))).convert("RGB"), int) for one in pictures]
+    assert max(np.ptp(one, axis=2).max() for one in shown) > 60  # colour, where grey has none
 
 
 def test_report_and_metrics(demo, capsys):
