@@ -24,7 +24,7 @@ from multidiff.batching import map_batches
 from multidiff.tokenizer import Audio, Codes, ItemError, ModalityTokenizer
 from multidiff_sound.sound import read_sound, spectrogram, to_mono, write_sound
 
-_FRAMES_AT_ONCE = (256, 2048)  # on a CPU, whose caches are small, and elsewhere
+_FRAMES_AT_ONCE = (128, 2048)  # on a CPU, whose caches are small, and elsewhere
 
 
 class SoundTokenizer(ModalityTokenizer):
