@@ -22,7 +22,6 @@ import math
 import warnings
 from collections import deque
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,11 +146,7 @@ class EncodecTraining(AutoencoderTraining):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            self.export(self.folder)
-
-    def export(self, folder: Path) -> None:
-        """Write the codec as it is now; `EncodecTokenizer(weights=folder)` opens it."""
-        write_codec(self.model, self.config, folder, self.half_precision)
+            write_codec(self.model, self.config, self.folder, self.half_precision)
 
     def _quantize(self, latents_BDt: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the levels' codes, straight through, and the commitment loss; the codebooks follow the latents."""
@@ -176,7 +171,8 @@ class EncodecTraining(AutoencoderTraining):
         return latents_BDt + (sum_BDt - latents_BDt).detach(), F.mse_loss(latents_BDt, sum_BDt)
 
     def _start_codebooks(self, generator: torch.Generator) -> None:
-        residual_ND = torch.cat(list(self._recent))
+        # A checkpoint is read before the model is on its device.
+        residual_ND = torch.cat([latents_ND.to(self.device) for latents_ND in self._recent])
         for book in self.codebooks:
             book.start(residual_ND, generator, len(self._recent))
             residual_ND = residual_ND - book.nearest(residual_ND)
