@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -13,9 +15,10 @@ class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024) where a group says `hidden: True`, AdamW (Loshchilov & Hutter 2019) in other groups.
 
     Muon steps along the momentum with its singular values set to about 1, which wants whole matrices that map hidden
-    features to hidden features: not embeddings, the head, norms or biases, and no weights sharded over devices. Its
-    step is scaled by 0.2 √max(rows, columns), the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982,
-    section 2.2), so that one learning rate and one weight decay serve both.
+    features to hidden features: not embeddings, the head, norms or biases, and no weights sharded over devices. A
+    convolution's weight counts as the matrix [first axis, all others]. Muon's step is scaled by
+    0.2 √max(rows, columns), the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that
+    one learning rate and one weight decay serve both.
 
     Args:
         params: parameter groups; a group may set its own `lr` and `weight_decay`.
@@ -40,14 +43,15 @@ class MuonAdamW(Optimizer):
         others = [group for group in groups if not group["hidden"]]
         if not hidden or not others:
             raise ValueError("MuonAdamW needs parameter groups with hidden: True and groups without")
-        self._muon = Muon(
-            hidden,
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            ns_steps=ns_steps,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        with _as_matrices(hidden):
+            self._muon = Muon(
+                hidden,
+                lr=lr,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                ns_steps=ns_steps,
+                adjust_lr_fn="match_rms_adamw",
+            )
         self._adamw = AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas)
         super().__init__(groups, {})
         self._share()
@@ -80,6 +84,26 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._muon.step()
+        with _as_matrices(self._muon.param_groups):
+            self._muon.step()
         self._adamw.step()
         return loss
+
+
+@contextmanager
+def _as_matrices(groups: list[dict[str, Any]]) -> Generator[None]:
+    """Weights of more than two axes and their gradients as [first axis, all others]: PyTorch's Muon takes no others."""
+    tensors: list[tuple[Tensor, torch.Size, Tensor | None]] = []
+    for group in groups:
+        for tensor in group["params"]:
+            if tensor.ndim > 2:
+                tensors.append((tensor, tensor.shape, tensor.grad))
+                tensor.grad, tensor.data = None, tensor.data.flatten(1)
+                if tensors[-1][2] is not None:
+                    tensor.grad = tensors[-1][2].flatten(1)
+    try:
+        yield
+    finally:
+        for tensor, shape, gradient in tensors:
+            tensor.grad, tensor.data = None, tensor.data.view(shape)
+            tensor.grad = gradient

@@ -394,11 +394,11 @@ def test_training_uses_every_level_learns_and_resumes_to_the_same_weights(tones,
 
 @pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*exists and is not empty.*")
 def test_an_adversary_sets_in_when_it_is_its_turn_and_resumes_to_the_same_weights(tones, tmp_path):
-    settings = {"steps": 24, "adversary": 1.0, "adversary_from": 0.5, "discriminator_filters": 4}
+    settings = {"steps": 24, "muon": True, "adversary": 1.0, "adversary_from": 0.5, "discriminator_filters": 4}
     trainer = fit(tones, tmp_path, **settings)
     training = trainer.lightning_module
     assert training.balancer.steps_I.tolist() == [24, 12, 12]
-    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == pytest.approx([0.0, 5e-4])
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == pytest.approx([0.0, 0.0, 5e-4])
     assert trainer.callback_metrics["train/discriminator"] > 0
     assert trainer.callback_metrics["train/features"] > 0
     untouched = EncodecTraining("words-8khz", "unused", TINY, **{k: v for k, v in settings.items() if k != "steps"})

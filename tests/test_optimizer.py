@@ -101,6 +101,25 @@ def test_copies_and_new_groups_are_stepped():
     assert torch.equal(before, other[0].bias)
 
 
+def test_a_convolution_is_stepped_as_a_matrix_and_keeps_its_shape():
+    convolution, matrix = (nn.Parameter(torch.randn(8, 6, 3, generator=generator(4))) for _ in range(2))
+    matrix = nn.Parameter(matrix.detach().flatten(1))
+    bias = nn.Parameter(torch.zeros(8))
+    ours = MuonAdamW([{"params": [convolution], "hidden": True}, {"params": [bias]}], lr=0.02, ns_steps=3)
+    theirs = torch.optim.Muon([matrix], lr=0.02, ns_steps=3, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        gradient = torch.randn(8, 6, 3, generator=generator(5 + step))
+        convolution.grad, matrix.grad, bias.grad = gradient, gradient.flatten(1).clone(), torch.zeros(8)
+        ours.step()
+        theirs.step()
+        assert convolution.grad is gradient
+        if step == 1:  # from a saved state on
+            saved = copy.deepcopy(ours.state_dict())
+            ours = MuonAdamW([{"params": [convolution], "hidden": True}, {"params": [bias]}], ns_steps=3)
+            ours.load_state_dict(saved)
+    assert torch.equal(convolution.detach().flatten(1), matrix)
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 def test_groups_must_be_told_apart(hidden):
     net = network()

@@ -366,6 +366,7 @@ QUANTIZERS = {
     "vq": {},
     "fsq": {"quantizer": "fsq", "levels": [4, 3, 2]},
     "lfq": {"quantizer": "lfq"},
+    "muon": {"muon": True},
     "opposed": {"adversary": 0.5, "gradient": 0.5, "rate": 0.01, "flip": 0.5},
 }
 

@@ -6,6 +6,7 @@ Shape suffixes: N latents, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from multidiff.callbacks import progress
+from multidiff.optimizer import MuonAdamW
 
 
 class AutoencoderTraining(LightningModule):
@@ -22,7 +26,9 @@ class AutoencoderTraining(LightningModule):
 
     Args:
         folder: where the trained tokenizer goes.
-        learning_rate: peak of AdamW's; linear warm-up, then a cosine down to 0 at the end of the training.
+        learning_rate: peak; linear warm-up, then a cosine down to 0 at the end of the training.
+        muon: Muon steps for weights of at least 8 rows and 8 columns, AdamW's for the rest of the autoencoder, as
+            `multidiff.optimizer.MuonAdamW`; AdamW for all otherwise. Muon bears several times the learning rate.
         momentum: AdamW's first β; the second is 0.99.
         warmup_steps: length of the warm-up.
         weight_decay: AdamW's, of the autoencoder.
@@ -45,6 +51,7 @@ class AutoencoderTraining(LightningModule):
         self,
         folder: str,
         learning_rate: float = 2e-3,
+        muon: bool = False,
         momentum: float = 0.9,
         warmup_steps: int = 100,
         weight_decay: float = 1e-4,
@@ -64,7 +71,7 @@ class AutoencoderTraining(LightningModule):
             raise ValueError(f"adversary {adversary} must be 0 or more, adversary_from {adversary_from} within 0 … 1")
         self.discriminator = None
         self.folder = Path(folder)
-        self.learning_rate, self.momentum = learning_rate, momentum
+        self.learning_rate, self.muon, self.momentum = learning_rate, muon, momentum
         self.warmup_steps, self.weight_decay = warmup_steps, weight_decay
         self.commitment, self.continuous_steps, self.codebook_decay = commitment, continuous_steps, codebook_decay
         self.revive_below, self.revive_until, self.seed = revive_below, revive_until, seed
@@ -100,20 +107,26 @@ class AutoencoderTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": learned, "weight_decay": self.weight_decay}]
+        common = {"lr": self.learning_rate, "weight_decay": self.weight_decay, "betas": (self.momentum, 0.99)}
+        groups: list[dict[str, Any]] = [{"params": learned}]
+        if self.muon:
+            matrices = [weight for weight in learned if weight.ndim > 1 and min(weight.flatten(1).shape) >= 8]
+            others = [parameter for parameter in learned if not any(parameter is matrix for matrix in matrices)]
+            groups = [{"params": matrices, "hidden": True}, {"params": others}]
+        factors: list[Callable[[int], float]] = [self._factor] * len(groups)
         if self.discriminator is not None:
             opposing = list(self.discriminator.parameters())
             groups.append({"params": opposing, "lr": self.adversary_learning_rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, self.learning_rate, (self.momentum, 0.99))
-
-        # Not by `estimated_stepping_batches`: it opens the data before a checkpoint's place in them is restored.
-        def factor(step: int) -> float:
-            decay = 0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step))
-            return min(1.0, (step + 1) / max(1, self.warmup_steps)) * decay
-
-        factors = [factor, lambda _: 1.0]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors[: len(groups)])
+            factors.append(lambda _: 1.0)
+        optimizer = MuonAdamW(groups, ns_steps=3, **common) if self.muon else AdamW(groups, **common)
+        schedule = LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _factor(self, step: int) -> float:
+        """Of the learning rate, by warm-up and cosine."""
+        # Not by `estimated_stepping_batches`: it opens the data before a checkpoint's place in them is restored.
+        decay = 0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step))
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * decay
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """AdamW's moments of the discriminator begin when it sets in: zeros before make its first steps too long."""
@@ -131,5 +144,6 @@ class AutoencoderTraining(LightningModule):
         if not gradient_clip_val:
             return
         clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
-        for group in optimizer.param_groups:
-            clip(group["params"], gradient_clip_val)
+        for module in (self.model, self.discriminator):
+            if module is not None:
+                clip(module.parameters(), gradient_clip_val)
