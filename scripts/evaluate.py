@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multidiff import Audio, Codes, ModalityTokenizer, plugins
-from multidiff.data.folder import read_metadata
+from multidiff.data.folder import file_state, read_metadata
 from multidiff_encodec.mel import MelLoss
 from multidiff_sound import SoundTokenizer
 from multidiff_sound.sound import to_mono
@@ -50,6 +50,7 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
     made = plugins.build({arguments.name: arguments.tokenizer})[arguments.name]
     made.to("cuda" if torch.cuda.is_available() else "cpu")
     values = _values(arguments, arguments.split)[: arguments.num]
+    values.sort(key=lambda value: file_state(arguments.data, value)[0])  # as when a data folder is tokenized
     items = [made.read(value, arguments.data) for value in tqdm(values, desc="reading", leave=False)]
     codes, encoding = _timed(made.encode, items, arguments.batch, "encoding")
     restored, decoding = _timed(made.decode, codes, arguments.batch, "decoding")
@@ -263,7 +264,7 @@ def main() -> None:
     one.add_argument("--data", type=Path, required=True, help="a data folder")
     one.add_argument("--split", default="test", help="train, validation or test (default: test)")
     one.add_argument("--num", type=int, default=1000, help="the most items (default: 1000)")
-    one.add_argument("--batch", type=int, default=64, help="items at a time (default: 64)")
+    one.add_argument("--batch", type=int, default=256, help="items at a time (default: 256)")
     one.add_argument(
         "--judge", metavar="KEY", help="segment that is the class of an item, not a caption: how well it is kept"
     )

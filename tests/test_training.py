@@ -280,6 +280,36 @@ def test_bad_items_raise_or_are_skipped_and_counted(tmp_path, caplog):
     assert len(data.documents("train")) == 20
 
 
+def test_a_bad_item_costs_others_few_more_calls(tmp_path, monkeypatch):
+    calls = []
+    encode = BPETokenizer.encode
+    monkeypatch.setattr(BPETokenizer, "encode", lambda self, items: calls.append(len(items)) or encode(self, items))
+    rows = [json.dumps({"segments": [{"text": str(number) if number != 50 else 7}]}) for number in range(100)]
+    write_folder(tmp_path, number=0, extra=rows)
+    data = data_of(tmp_path, on_error="skip")
+    assert len(data.documents("train")) == 99
+    assert sum(calls) == 99  # what cannot be read is not asked for
+    calls.clear()
+    rows[50] = json.dumps({"segments": [{"text": "\ud800"}]})
+    write_folder(tmp_path, number=0, extra=rows)
+    assert len(data_of(tmp_path, on_error="skip").documents("train")) == 99
+    assert len(calls) < 20
+
+
+def test_files_of_like_size_are_tokenized_together_and_not_too_many(tmp_path, monkeypatch):
+    batches = []
+    encode = BPETokenizer.encode
+    monkeypatch.setattr(BPETokenizer, "encode", lambda self, items: batches.append(list(items)) or encode(self, items))
+    monkeypatch.setattr("multidiff.data.tokenized._BYTES_PER_BATCH", 100)
+    monkeypatch.setattr("multidiff.data.tokenized._ITEMS_PER_BATCH", 4)
+    for name, size in {"a": 70, "b": 300, "c": 40, "d": 30, "e": 90, "f": 10}.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    rows = [json.dumps({"segments": [{"text": text}]}) for text in "abcdefxyz"]
+    write_folder(tmp_path, number=0, extra=rows)
+    data_of(tmp_path).prepare_data()
+    assert batches == [list("xyzf"), list("dc"), ["a"], ["e"], ["b"]]
+
+
 def test_each_item_is_tokenized_once_and_again_after_a_change(tmp_path, monkeypatch):
     encoded = []
     encode = BPETokenizer.encode

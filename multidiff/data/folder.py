@@ -53,6 +53,16 @@ def read_metadata(folder: Path | str, splits: Collection[str] = SPLITS) -> list[
     return records
 
 
+def file_state(folder: Path | str, value: Any) -> tuple[int, int]:
+    """Bytes of the file that a segment names, and when it was last written, in ns; (0, 0) where it names none."""
+    file = Path(folder) / value if isinstance(value, str) else None
+    try:  # some texts are longer than the system takes for a name
+        status = file.stat() if file and file.is_file() else None
+    except (OSError, ValueError):
+        status = None
+    return (status.st_size, status.st_mtime_ns) if status else (0, 0)
+
+
 def _parse(line: str, number: int, path: Path) -> Record:
     where = f"{path}, line {number}"
     try:

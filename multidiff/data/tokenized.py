@@ -11,7 +11,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,12 +21,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from multidiff.data.folder import SPLITS, Record, read_metadata
+from multidiff.data.folder import SPLITS, Record, file_state, read_metadata
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 from multidiff.vocabulary import SharedVocabulary
 
 OnError = Literal["raise", "skip"]
-_ITEMS_PER_BATCH = 64
+_ITEMS_PER_BATCH = 256
+_BYTES_PER_BATCH = 2**26  # of files
 _DOCUMENTS_PER_SHARD = 16_384
 _FORMAT = 1
 
@@ -100,13 +100,8 @@ def _address(folder: Path, records: Sequence[Record], vocabulary: SharedVocabula
     digest = hashlib.sha256(f"{_FORMAT} {on_error} {vocabulary.fingerprint}".encode())
     digest.update((folder / "metadata.jsonl").read_bytes())
     for value in {value: None for record in records for _, value in record.segments if isinstance(value, str)}:
-        file = folder / value
-        try:  # texts are asked about as well; some are longer than the system takes for a name
-            status = file.stat() if file.is_file() else None
-        except (OSError, ValueError):
-            status = None
-        if status:
-            digest.update(f"{value} {status.st_size} {status.st_mtime_ns}".encode())
+        if any(state := file_state(folder, value)):
+            digest.update(f"{value} {state[0]} {state[1]}".encode())
     return digest.hexdigest()[:24]
 
 
@@ -123,11 +118,7 @@ def _tokenize(
     for record in records:
         for name, value in record.segments:
             items[name].setdefault(_key(value), _Source(name, value, record.line))
-    batches = [
-        list(islice(some.values(), start, start + _ITEMS_PER_BATCH))
-        for some in items.values()
-        for start in range(0, len(some), _ITEMS_PER_BATCH)
-    ]
+    batches = [batch for some in items.values() for batch in _batches(folder, list(some.values()))]
     rank_zero_info(f"Tokenizing {len(records)} documents of {folder}, once: {sum(map(len, batches))} items.")
     encoder = _Encoder(tokenizers, folder, on_error)
     loader = DataLoader(
@@ -144,6 +135,22 @@ def _tokenize(
     for part in trainer.predict(encoder, loader) or ():
         known |= part  # pyright: ignore[reportOperatorIssue]
     _write(place, folder, records, known)
+
+
+def _batches(folder: Path, sources: list[_Source]) -> list[list[_Source]]:
+    """Sources in batches for `encode`, from the smallest file to the largest.
+
+    Many at once and of like size, so that there are many of the same length: codecs fill the rest of a batch up.
+    """
+    batches: list[list[_Source]] = []
+    room = 0
+    for size, source in sorted(((file_state(folder, one.value)[0], one) for one in sources), key=lambda pair: pair[0]):
+        if not batches or size > room or len(batches[-1]) == _ITEMS_PER_BATCH:
+            batches.append([])
+            room = _BYTES_PER_BATCH
+        batches[-1].append(source)
+        room -= size
+    return batches
 
 
 def _unchanged(batch: Any) -> Any:
@@ -222,7 +229,7 @@ class _Encoder(LightningModule):
 
 
 def _encode(tokenizer: ModalityTokenizer, items: dict[Any, Any]) -> dict[Any, Codes | ItemError]:
-    """Codes, or the error, of each item: all in one batch, and one by one where the batch has a bad one."""
+    """Codes, or the error, of each item: all in one batch, and half by half where the batch has a bad one."""
     results: dict[Any, Codes | ItemError] = {k: item for k, item in items.items() if isinstance(item, ItemError)}
     good = {key: item for key, item in items.items() if key not in results}
     try:
@@ -230,8 +237,9 @@ def _encode(tokenizer: ModalityTokenizer, items: dict[Any, Any]) -> dict[Any, Co
     except ItemError as error:
         if len(good) == 1:
             return results | dict.fromkeys(good, error)
-    for key, item in good.items():
-        results |= _encode(tokenizer, {key: item})
+    pairs, middle = list(good.items()), len(good) // 2
+    for half in (pairs[:middle], pairs[middle:]):
+        results |= _encode(tokenizer, dict(half))
     return results
 
 
