@@ -49,15 +49,6 @@ def test_pictures_are_in_colour_and_each_is_its_own(folder):
     assert colours > 0.7 * len(values)  # a ghost and a few others are white
 
 
-def test_voices_are_of_one_split(folder):
-    voices = {}
-    for record in read_metadata(folder):
-        for name, value in record.segments:
-            if name == "speech":
-                voices.setdefault(record.split, set()).add(value.split("+")[1].split("-")[0])
-    assert not voices["train"] & (voices["validation"] | voices["test"])
-
-
 def test_a_moved_drawing_is_the_same_picture_elsewhere():
     plain, other = draw("🚀", 32), draw("🚀", 32, np.random.default_rng(0))
     assert not np.array_equal(plain, other)
