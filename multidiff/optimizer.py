@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, AdamW for everything else, as one optimizer."""
+"""Muon for hidden matrices and convolutions, AdamW for everything else, as one optimizer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MuonAdamW(Optimizer):
         momentum: float = 0.95,
         ns_steps: int = 5,
     ):
-        groups = [{"hidden": False, **group} for group in params]
+        groups = [{"hidden": False, **group, "params": list(group["params"])} for group in params]
         hidden = [group for group in groups if group["hidden"]]
         others = [group for group in groups if not group["hidden"]]
         if not hidden or not others:
@@ -93,17 +93,19 @@ class MuonAdamW(Optimizer):
 @contextmanager
 def _as_matrices(groups: list[dict[str, Any]]) -> Generator[None]:
     """Weights of more than two axes and their gradients as [first axis, all others]: PyTorch's Muon takes no others."""
-    tensors: list[tuple[Tensor, torch.Size, Tensor | None]] = []
-    for group in groups:
-        for tensor in group["params"]:
-            if tensor.ndim > 2:
-                tensors.append((tensor, tensor.shape, tensor.grad))
-                tensor.grad, tensor.data = None, tensor.data.flatten(1)
-                if tensors[-1][2] is not None:
-                    tensor.grad = tensors[-1][2].flatten(1)
+    kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
     try:
+        for group in groups:
+            for tensor in group["params"]:
+                if tensor.ndim > 2:
+                    data, gradient = tensor.data, tensor.grad
+                    kept.append((tensor, data, gradient))
+                    tensor.grad, tensor.data = None, data.flatten(1)
+                    tensor.grad = None if gradient is None else gradient.flatten(1)
         yield
     finally:
-        for tensor, shape, gradient in tensors:
-            tensor.grad, tensor.data = None, tensor.data.view(shape)
+        for tensor, data, gradient in kept:
+            if not data.is_contiguous():  # channels last, say: what was stepped is a copy
+                data.copy_(tensor.data.view(data.shape))
+            tensor.grad, tensor.data = None, data
             tensor.grad = gradient

@@ -50,7 +50,8 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
     made = plugins.build({arguments.name: arguments.tokenizer})[arguments.name]
     made.to("cuda" if torch.cuda.is_available() else "cpu")
     values = _values(arguments, arguments.split)[: arguments.num]
-    values.sort(key=lambda value: file_state(arguments.data, value)[0])  # as when a data folder is tokenized
+    # In the order in which a data folder is tokenized.
+    values.sort(key=lambda value: file_state(arguments.data, value)[0], reverse=True)
     items = [made.read(value, arguments.data) for value in tqdm(values, desc="reading", leave=False)]
     codes, encoding = _timed(made.encode, items, arguments.batch, "encoding")
     restored, decoding = _timed(made.decode, codes, arguments.batch, "decoding")

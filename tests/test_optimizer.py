@@ -101,18 +101,21 @@ def test_copies_and_new_groups_are_stepped():
     assert torch.equal(before, other[0].bias)
 
 
-def test_a_convolution_is_stepped_as_a_matrix_and_keeps_its_shape():
-    convolution, matrix = (nn.Parameter(torch.randn(8, 6, 3, generator=generator(4))) for _ in range(2))
-    matrix = nn.Parameter(matrix.detach().flatten(1))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_stepped_as_a_matrix_and_keeps_its_shape(memory_format):
+    weight = torch.randn(8, 6, 3, 2, generator=generator(4))
+    convolution, matrix = nn.Parameter(weight.to(memory_format=memory_format)), nn.Parameter(weight.flatten(1))
     bias = nn.Parameter(torch.zeros(8))
+    place, strides = convolution.data_ptr(), convolution.stride()
     ours = MuonAdamW([{"params": [convolution], "hidden": True}, {"params": [bias]}], lr=0.02, ns_steps=3)
     theirs = torch.optim.Muon([matrix], lr=0.02, ns_steps=3, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
-        gradient = torch.randn(8, 6, 3, generator=generator(5 + step))
+        gradient = torch.randn(8, 6, 3, 2, generator=generator(5 + step))
         convolution.grad, matrix.grad, bias.grad = gradient, gradient.flatten(1).clone(), torch.zeros(8)
         ours.step()
         theirs.step()
         assert convolution.grad is gradient
+        assert (convolution.data_ptr(), convolution.stride()) == (place, strides)
         if step == 1:  # from a saved state on
             saved = copy.deepcopy(ours.state_dict())
             ours = MuonAdamW([{"params": [convolution], "hidden": True}, {"params": [bias]}], ns_steps=3)

@@ -3,9 +3,14 @@
 import inspect
 import json
 import math
+import os
+import resource
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -296,6 +301,25 @@ def test_a_bad_item_costs_others_few_more_calls(tmp_path, monkeypatch):
     assert len(calls) < 20
 
 
+def test_workers_hand_over_a_batch_of_sounds_with_few_open_files(tmp_path):
+    for number in range(300):
+        soundfile.write(tmp_path / f"{number}.wav", np.full(40, 0.1), 8_000)
+    rows = [json.dumps({"segments": [{"speech": f"{number}.wav"}]}) for number in range(300)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    data = DocumentData(str(tmp_path), {"speech": {"plugin": "encodec"}}, batch_size=4, row_length=40, num_workers=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 150, hard))
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no open files were left, and no batch came"))
+    signal.alarm(60)
+    try:
+        data.prepare_data()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(data.documents("train")) == 300
+
+
 def test_files_of_like_size_are_tokenized_together_and_not_too_many(tmp_path, monkeypatch):
     batches = []
     encode = BPETokenizer.encode
@@ -307,7 +331,7 @@ def test_files_of_like_size_are_tokenized_together_and_not_too_many(tmp_path, mo
     rows = [json.dumps({"segments": [{"text": text}]}) for text in "abcdefxyz"]
     write_folder(tmp_path, number=0, extra=rows)
     data_of(tmp_path).prepare_data()
-    assert batches == [list("xyzf"), list("dc"), ["a"], ["e"], ["b"]]
+    assert batches == [["b"], ["e"], ["a"], list("cdfx"), list("yz")]
 
 
 def test_each_item_is_tokenized_once_and_again_after_a_change(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from demo.openmoji import catalogue, draw, splits
+from multidiff.optimizer import MuonAdamW
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError
 from multidiff_vq import VQTokenizer
@@ -400,6 +401,19 @@ def test_training_uses_the_codebook_resumes_exactly_and_exports(settings, data_f
     signal = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         assert torch.equal(plain.eval()(signal).sample, module.model.eval()(signal).sample)
+
+
+def test_autoencoder_and_discriminator_are_clipped_each_as_a_whole(tmp_path):
+    module = VQTraining("rgb-32", str(tmp_path), arguments(), muon=True, adversary=0.5)
+    optimizer = MuonAdamW([{"params": [weight], "hidden": weight.ndim > 1} for weight in module.parameters()])
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    module.configure_gradient_clipping(optimizer, 1.0, "norm")
+    for part in (module.model, module.discriminator):
+        norms = [weight.grad.norm() for weight in part.parameters()]
+        assert float(torch.stack(norms).norm()) == pytest.approx(1.0, abs=1e-4)
+    module.configure_gradient_clipping(optimizer, 1e-6, "value")
+    assert all(float(weight.grad.abs().max()) <= 1e-6 for weight in module.parameters())
 
 
 @pytest.mark.parametrize(("name", "codes", "levels"), [("fsq", 0, [8, 5, 2, 3]), ("lfq", 32, None)])

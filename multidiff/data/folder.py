@@ -9,6 +9,7 @@ of the document; one name may stand several times.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,11 @@ def read_metadata(folder: Path | str, splits: Collection[str] = SPLITS) -> list[
 
 def file_state(folder: Path | str, value: Any) -> tuple[int, int]:
     """Bytes of the file that a segment names, and when it was last written, in ns; (0, 0) where it names none."""
-    file = Path(folder) / value if isinstance(value, str) else None
     try:  # some texts are longer than the system takes for a name
-        status = file.stat() if file and file.is_file() else None
+        status = (Path(folder) / value).stat() if isinstance(value, str) else None
     except (OSError, ValueError):
         status = None
-    return (status.st_size, status.st_mtime_ns) if status else (0, 0)
+    return (status.st_size, status.st_mtime_ns) if status and stat.S_ISREG(status.st_mode) else (0, 0)
 
 
 def _parse(line: str, number: int, path: Path) -> Record:

@@ -27,7 +27,7 @@ from multidiff.vocabulary import SharedVocabulary
 
 OnError = Literal["raise", "skip"]
 _ITEMS_PER_BATCH = 256
-_BYTES_PER_BATCH = 2**26  # of files
+_BYTES_PER_BATCH = 2**24  # of files; what is read of them is often ten times as large
 _DOCUMENTS_PER_SHARD = 16_384
 _FORMAT = 1
 
@@ -125,6 +125,7 @@ def _tokenize(
         _Reader(folder, batches, tokenizers),  # pyright: ignore[reportArgumentType]
         batch_size=None,
         num_workers=num_workers,
+        worker_init_fn=_share_by_name,
         collate_fn=_unchanged,  # torch's own makes tensors of what items are made of
         generator=torch.Generator(),  # leaves the global one alone
     )
@@ -138,19 +139,26 @@ def _tokenize(
 
 
 def _batches(folder: Path, sources: list[_Source]) -> list[list[_Source]]:
-    """Sources in batches for `encode`, from the smallest file to the largest.
+    """Sources in batches for `encode`, from the largest file to the smallest.
 
-    Many at once and of like size, so that there are many of the same length: codecs fill the rest of a batch up.
+    Many at once and of like size, so that there are many of the same length: codecs fill the rest of a batch up. The
+    largest first, so that what is too large is met early.
     """
+    sizes = [file_state(folder, source.value)[0] for source in sources]
     batches: list[list[_Source]] = []
     room = 0
-    for size, source in sorted(((file_state(folder, one.value)[0], one) for one in sources), key=lambda pair: pair[0]):
+    for size, source in sorted(zip(sizes, sources, strict=True), key=lambda pair: pair[0], reverse=True):
         if not batches or size > room or len(batches[-1]) == _ITEMS_PER_BATCH:
             batches.append([])
             room = _BYTES_PER_BATCH
         batches[-1].append(source)
         room -= size
     return batches
+
+
+def _share_by_name(worker: int) -> None:
+    """Tensors go to the main process by names, not by open files: a batch of sounds would take one for each."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 def _unchanged(batch: Any) -> Any:
@@ -232,6 +240,8 @@ def _encode(tokenizer: ModalityTokenizer, items: dict[Any, Any]) -> dict[Any, Co
     """Codes, or the error, of each item: all in one batch, and half by half where the batch has a bad one."""
     results: dict[Any, Codes | ItemError] = {k: item for k, item in items.items() if isinstance(item, ItemError)}
     good = {key: item for key, item in items.items() if key not in results}
+    if not good:
+        return results
     try:
         return results | dict(zip(good, tokenizer.encode(list(good.values())), strict=True))
     except ItemError as error:

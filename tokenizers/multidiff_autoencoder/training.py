@@ -27,11 +27,12 @@ class AutoencoderTraining(LightningModule):
     Args:
         folder: where the trained tokenizer goes.
         learning_rate: peak; linear warm-up, then a cosine down to 0 at the end of the training.
-        muon: Muon steps for weights of at least 8 rows and 8 columns, AdamW's for the rest of the autoencoder, as
-            `multidiff.optimizer.MuonAdamW`; AdamW for all otherwise. Muon bears several times the learning rate.
-        momentum: AdamW's first β; the second is 0.99.
+        muon: Muon for weights of at least 8 rows and 8 columns (of a convolution [first axis, all others]; the first
+            layer may be among them) and AdamW for the rest of the autoencoder, as `multidiff.optimizer.MuonAdamW` has
+            them; AdamW for all otherwise. Muon bears several times AdamW's learning rate.
+        momentum: AdamW's first β; the second is 0.99, Muon's momentum 0.95.
         warmup_steps: length of the warm-up.
-        weight_decay: AdamW's, of the autoencoder.
+        weight_decay: of the autoencoder, decoupled.
         commitment: weight of the pull of latents towards their codes.
         continuous_steps: steps before a learned codebook comes in, so that there is something worth clustering.
         codebook_decay: of the codebook's moving averages, per step.
@@ -110,8 +111,8 @@ class AutoencoderTraining(LightningModule):
         common = {"lr": self.learning_rate, "weight_decay": self.weight_decay, "betas": (self.momentum, 0.99)}
         groups: list[dict[str, Any]] = [{"params": learned}]
         if self.muon:
-            matrices = [weight for weight in learned if weight.ndim > 1 and min(weight.flatten(1).shape) >= 8]
-            others = [parameter for parameter in learned if not any(parameter is matrix for matrix in matrices)]
+            matrices = [parameter for parameter in learned if _is_matrix(parameter)]
+            others = [parameter for parameter in learned if not _is_matrix(parameter)]
             groups = [{"params": matrices, "hidden": True}, {"params": others}]
         factors: list[Callable[[int], float]] = [self._factor] * len(groups)
         if self.discriminator is not None:
@@ -147,3 +148,7 @@ class AutoencoderTraining(LightningModule):
         for module in (self.model, self.discriminator):
             if module is not None:
                 clip(module.parameters(), gradient_clip_val)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and min(parameter.flatten(1).shape) >= 8
