@@ -1,6 +1,7 @@
 """Write a data folder of spoken words: the ten digits and several hundred other words, in many voices.
 
-The codec `words-8khz` is trained on it (`multidiff fit --config configs/tokenizers/encodec_words.yaml`). Voices of the
+The codecs `words-8khz` and `words-16khz` are trained on such (`multidiff fit --config
+configs/tokenizers/encodec_words.yaml`, and `encodec_words_16khz.yaml` with `--train 12000`). Voices of the
 validation and test splits are never heard in training, and are the same as those of the digits data.
 """
 

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
+from demo.speech import SAMPLE_RATE, VOICES, Utterance, speak
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Audio, Codes, ItemError
 from multidiff_encodec import EncodecTokenizer
@@ -24,6 +25,7 @@ from multidiff_encodec.folder import inference_state, read_codec, write_codec
 from multidiff_encodec.mel import MelLoss
 from multidiff_encodec.model import PRESETS, CodecConfig, build_model, codebooks_of, mark_started
 from multidiff_encodec.training import EncodecTraining
+from multidiff_sound.sound import to_mono
 
 TINY = {
     "ratios": (4, 2), "codebooks": 3, "codebook_size": 16, "dimension": 8, "encoder_filters": 4, "decoder_filters": 4,
@@ -75,16 +77,38 @@ def test_contract(tokenizer, tmp_path):
     check_tokenizer(tokenizer, tmp_path)
 
 
-def test_shipped_words_codec(tmp_path):
-    shipped = EncodecTokenizer("words-8khz")
+@pytest.mark.parametrize(
+    ("weights", "rate", "frames", "size"), [("words-8khz", 8_000, 14, 64), ("words-16khz", 16_000, 28, 1024)]
+)
+def test_shipped_words_codecs(weights, rate, frames, size, tmp_path):
+    shipped = EncodecTokenizer(weights)
     check_tokenizer(shipped, tmp_path)
-    assert shipped.config.sample_rate == 8_000
-    assert shipped.config.hop == 320
+    assert shipped.sample_rate == rate
+    assert shipped.hop == 320
+    assert set(shipped.codebook_sizes) == {size}
     seconds_T = torch.arange(4_400) / 8_000
     sweep = Audio(0.5 * torch.sin(2 * torch.pi * (150 + 1_500 * seconds_T) * seconds_T)[None], 8_000)
     (codes,) = shipped.encode([sweep])
-    assert codes.size == {"frames": 14}
-    assert len(codes.ids_N.unique()) > 5
+    assert codes.size == {"frames": frames}
+    for level in range(len(shipped.codebook_sizes)):
+        assert len(codes.ids_N[codes.levels_N == level].unique()) > 5
+
+
+def test_the_codec_at_16_khz_keeps_a_spoken_word():
+    """Each level brings it nearer, and all are far nearer than the same voice is that says another word."""
+    voice = VOICES["test"][0]
+    spoken, other = speak([Utterance("banana", voice, 140), Utterance("kitchen", voice, 140)], progress=False)
+    sound = Audio(torch.from_numpy(spoken)[None], SAMPLE_RATE)
+    loss, distances = MelLoss(16_000), []
+    for levels in (1, 2, 3):
+        codec = EncodecTokenizer("words-16khz", codebooks=levels)
+        (restored,) = codec.decode(codec.encode([sound]))
+        original_T = to_mono(sound, 16_000)
+        distances.append(float(loss(restored.waveform[:, : len(original_T)], original_T[None])))
+    assert distances == sorted(distances, reverse=True)
+    other_T = to_mono(Audio(torch.from_numpy(other)[None], SAMPLE_RATE), 16_000)
+    length = min(len(other_T), len(original_T))
+    assert distances[-1] < 0.4 * float(loss(other_T[None, :length], original_T[None, :length]))
 
 
 def test_codes_and_sound_are_those_of_the_package(tokenizer):

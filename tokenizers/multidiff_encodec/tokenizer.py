@@ -25,9 +25,9 @@ class EncodecTokenizer(SoundTokenizer):
     """Sounds of any length, sample rate and channel count; they come back mono at the codec's rate.
 
     Args:
-        weights: a codec that comes with the package ("words-8khz": spoken words, 8 kHz, 25 frames/s), a folder that
-            `save` or a training wrote, a folder with transformers' `EncodecModel`, or the file of Meta's 24 kHz
-            checkpoint.
+        weights: a codec for spoken words that comes with the package ("words-8khz": 25 frames/s of one code of 64;
+            "words-16khz": 50 frames/s of three codes of 1,024), a folder that `save` or a training wrote, a folder with
+            transformers' `EncodecModel`, or the file of Meta's 24 kHz checkpoint.
         codebooks: levels to use, from the first; None: all there are. Meta's model has 32 (24 kbit/s) and was trained
             for 2, 4, 8, 16 and 32 of them.
 
