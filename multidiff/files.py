@@ -11,10 +11,10 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -98,24 +98,32 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             raise ValueError(f"{where}: tensor {name} holds NaN or infinite numbers; the weights are damaged")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` when the block ends without an error.
+
+    An earlier file stays until that moment. What killed processes left beside it is removed.
 
     Raises:
-        ValueError: the disk is full, the folder is not writable, or the like; names the file.
+        ValueError: the disk is full, the folder is not writable, or the like; names `path`.
     """
-    beside = path.with_name(f"{path.name}{_PARTIAL}")
     with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside, lock = _locked_beside(path, lambda place: place.touch(exist_ok=False))
         try:
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield beside
+            _sync(beside)
             beside.replace(path)
             _sync(path.parent)
-        except BaseException:
+        finally:
             beside.unlink(missing_ok=True)
-            raise
+            os.close(lock)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; `ValueError` naming it where that fails."""
+    with whole_file(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -151,8 +159,7 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
     place = Path(os.path.realpath(place))  # where a link points to, so that the link stays
     with naming(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial(place)
-        beside, lock = _locked_folder_beside(place)
+        beside, lock = _locked_beside(place, Path.mkdir)
         try:
             yield beside
             for path in [*beside.rglob("*"), beside]:
@@ -168,13 +175,19 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def remove_partial(place: Path) -> None:
-    """Remove the folders that killed processes left while they wrote `place`; those of running ones stay."""
-    for left in place.parent.glob(f".{escape(place.name)}.*{_PARTIAL}"):
+    """Remove what killed processes left while they wrote `place`, whose name may be a pattern such as "*.ckpt".
+
+    What running processes still write stays.
+    """
+    for left in place.parent.glob(f".{place.name}.*{_PARTIAL}"):
         try:
             lock = lock_file(left)
         except OSError:  # somebody works on it, or has just removed it
             continue
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -193,10 +206,12 @@ def lock_file(path: Path) -> int:
     return descriptor
 
 
-def _locked_folder_beside(place: Path) -> tuple[Path, int]:
+def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """A new file or folder beside `place`, locked as long as it is written."""
+    remove_partial(place.with_name(escape(place.name)))
     while True:
-        beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=_PARTIAL, dir=place.parent))
-        beside.chmod(0o755)
+        beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        make(beside)
         try:
             lock = lock_file(beside)
         except (BlockingIOError, FileNotFoundError):  # another process takes it for left behind, and removes it

@@ -65,8 +65,8 @@ def test_tensors_that_are_not_finite_or_whole_are_named(tmp_path):
 def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"old": 1})
-    with pytest.raises(ValueError, match=r"/dev/full\.d/a cannot be written"):
-        files.write_bytes(files.Path("/dev/full.d/a"), b"")
+    with pytest.raises(ValueError, match=r"/dev/null/a cannot be written"):
+        files.write_bytes(files.Path("/dev/null/a"), b"")
     with pytest.raises(TypeError):
         files.write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
@@ -164,3 +164,13 @@ def test_a_lock_is_held_once_and_ends_with_its_holder(tmp_path):
         files.lock_file(tmp_path / "lock")
     os.close(descriptor)
     os.close(files.lock_file(tmp_path / "lock"))
+
+
+def test_partial_files_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / ".a.ckpt.0123.partial").touch()
+    (tmp_path / ".b.ckpt.0123.partial").mkdir()
+    with files.whole_file(tmp_path / "c.ckpt") as beside:
+        beside.write_text("c")
+        files.remove_partial(tmp_path / "*.ckpt")
+        assert beside.exists()
+    assert [one.name for one in tmp_path.iterdir()] == ["c.ckpt"]
