@@ -117,7 +117,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             _sync(path.parent)
         finally:
             beside.unlink(missing_ok=True)
-            os.close(lock)
+            unlock(lock)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -171,7 +171,7 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
             _sync(place.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-            os.close(lock)
+            unlock(lock)
 
 
 def remove_partial(place: Path) -> None:
@@ -188,11 +188,11 @@ def remove_partial(place: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-        os.close(lock)
+        unlock(lock)
 
 
 def lock_file(path: Path) -> int:
-    """Lock a file or folder for this process; closing the returned descriptor, or the end of the process, unlocks it.
+    """Lock a file or folder for this process; `unlock` it with what is returned. The end of the process unlocks it.
 
     Raises:
         BlockingIOError: another holder has it.
@@ -203,7 +203,24 @@ def lock_file(path: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise
+    _held.add(descriptor)
     return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Release a lock that `lock_file` returned."""
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _leave_to_parent() -> None:
+    """A lock outlives its process in the processes that it forked, such as loader workers, unless these let it go."""
+    while _held:
+        os.close(_held.pop())
+
+
+_held: set[int] = set()
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
@@ -218,7 +235,7 @@ def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int
             continue
         if beside.exists():
             return beside, lock
-        os.close(lock)
+        unlock(lock)
 
 
 def _exchange(new: Path, old: Path) -> None:

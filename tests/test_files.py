@@ -1,11 +1,13 @@
 """Files that are whole or absent: errors that name them, litter of killed processes, exchange without a gap."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -157,13 +159,17 @@ def test_what_a_killed_process_left_is_removed_and_a_running_one_is_left_alone(t
     assert [one.name for one in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_lock_is_held_once_and_ends_with_its_holder(tmp_path):
+def test_a_lock_is_held_once_and_not_by_forked_children(tmp_path):
     (tmp_path / "lock").touch()
-    descriptor = files.lock_file(tmp_path / "lock")
+    lock = files.lock_file(tmp_path / "lock")
     with pytest.raises(BlockingIOError):
         files.lock_file(tmp_path / "lock")
-    os.close(descriptor)
-    os.close(files.lock_file(tmp_path / "lock"))
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    child.start()
+    files.unlock(lock)
+    files.unlock(files.lock_file(tmp_path / "lock"))
+    child.kill()
+    child.join()
 
 
 def test_partial_files_of_killed_processes_are_removed(tmp_path):
