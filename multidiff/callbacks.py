@@ -1,19 +1,22 @@
-"""Callbacks: previews, the saved model folder, throughput; and how far a training has come."""
+"""Callbacks: averaged weights, previews, the saved model folder; and how far a training has come."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.optim.swa_utils import get_ema_avg_fn
 
+from multidiff import files
 from multidiff.seeding import generator_for
 from multidiff.tokenizer import Audio
 
@@ -40,8 +43,83 @@ def progress(trainer: Trainer, step: int) -> float:
     return min(1.0, max(parts))
 
 
+class AveragedWeights(WeightAveraging):
+    """An exponential moving average of the weights, w ← decay · w + (1 - decay) · live weights after each step.
+
+    The average is what is validated, previewed and saved as the model; checkpoints hold both. Until averaging starts,
+    the average is the live weights, so that a short run saves what it trained. Lightning's `EMAWeightAveraging` keeps
+    the initial weights until then.
+
+    Args:
+        decay: in [0, 1).
+        start_step: steps before averaging starts.
+
+    Raises:
+        ValueError: a strategy that shards the weights: an average of whole weights does not fit it.
+    """
+
+    def __init__(self, decay: float = 0.999, start_step: int = 0):
+        if not 0 <= decay < 1 or start_step < 0:
+            raise ValueError(f"decay {decay} must be in [0, 1), and start_step {start_step} at least 0")
+        super().__init__(avg_fn=get_ema_avg_fn(decay))
+        self.start_step = start_step
+        self._swapped = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"AveragedWeights keeps a copy of all weights, which {type(trainer.strategy).__name__} shards. "
+                "Remove the callback, or choose strategy ddp."
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._average_model is not None
+        if trainer.global_step <= self.start_step:
+            self._average_model.n_averaged.zero_()  # as at the first update, which copies
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module, True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Other callbacks still see the average, in whichever order they are listed."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module, False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap(pl_module, False)  # an interrupted validation
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The live weights stay until everything is saved."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._average_model is not None:
+            self._copy_average_to_current(pl_module)
+
+    @contextmanager
+    def averaged(self, pl_module: LightningModule) -> Iterator[None]:
+        """The module with the averaged weights in place of the live ones."""
+        self._swap(pl_module, True)
+        try:
+            yield
+        finally:
+            self._swap(pl_module, False)
+
+    def _swap(self, pl_module: LightningModule, swapped: bool) -> None:
+        if self._average_model is not None and self._swapped != swapped:
+            self._swap_models(pl_module)
+            self._swapped = swapped
+
+
 class SaveModel(Callback):
-    """Writes the model folder, averaged weights and all, when training ends; and `training.json` beside its card.
+    """Writes the model folder when training ends, with averaged weights where `AveragedWeights` makes some; and
+    `training.json` in it.
+
+    An interrupted training writes no model: its checkpoint can be used as one.
 
     Args:
         folder: as `MultiDiffPipeline.from_pretrained` takes it.
@@ -57,23 +135,21 @@ class SaveModel(Callback):
         self.samples_seen += batch.num_documents * trainer.world_size
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.interrupted:
+        """Here, not at the end of training: Lightning trains nothing where a finished run is continued."""
+        if trainer.interrupted or not trainer.is_global_zero:
             return
-        if isinstance(trainer.checkpoint_callback, ModelCheckpoint) and trainer.checkpoint_callback.save_last:
-            # The end of a training lies between two periodic checkpoints: `last` is to be the model that is saved.
-            trainer.save_checkpoint(Path(str(trainer.checkpoint_callback.dirpath)) / "last.ckpt")
-        if not trainer.is_global_zero:
-            return
-        _pipeline(trainer, pl_module).save_pretrained(self.folder)
+        with ExitStack() as stack:
+            for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(callback, AveragedWeights):
+                    stack.enter_context(callback.averaged(pl_module))
+            _pipeline(trainer, pl_module).save_pretrained(self.folder)
         timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # pyright: ignore[reportAttributeAccessIssue]
         record = {
             "steps": trainer.global_step,
             "samples_seen": self.samples_seen,
             "seconds": round(timers[0].time_elapsed(), 1) if timers else None,
         }
-        partial = self.folder / "training.json.partial"
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "training.json")
+        files.write_json(self.folder / "training.json", record)
         rank_zero_info(f"Saved the model in {self.folder}.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,8 +162,6 @@ class SaveModel(Callback):
 class Previews(Callback):
     """Samples to TensorBoard after each validation: for every tokenizer, what the model makes of documents of the
     validation split with that tokenizer's segments blanked out.
-
-    Put it before a weight-averaging callback in the list, so that it sees the averaged weights.
 
     Args:
         num: documents per tokenizer.

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _PRECISION = "MULTIDIFF_FASTEST_PRECISION"
 _TRAINING = {
@@ -68,12 +68,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(arguments: list[str]) -> None:
     from jsonargparse import set_parsing_settings
+    from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.pytorch.cli import LightningCLI
     from omegaconf import OmegaConf
+
+    from multidiff.checkpoints import Checkpoints
 
     class CLI(LightningCLI):
         def _parse_ckpt_path(self) -> None:
             """Configuration and command line win over the hyper-parameters that a checkpoint carries."""
+
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            help_ = "Remove the checkpoints of an earlier run from the folder that this one writes to."
+            parser.add_argument("--overwrite", type=bool, default=False, help=help_)
+
+        def before_fit(self) -> None:
+            for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(callback, Checkpoints):
+                    callback.overwrite |= self._get(self.config, "overwrite")
+                    goes_on = self._get(self.config, "ckpt_path") is not None or SLURMEnvironment.detect()
+                    if self.trainer.is_global_zero and not goes_on:  # else what is continued is known later
+                        callback.claim(goes_on=False)
 
     # Lightning's own, at every start.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)

@@ -16,7 +16,7 @@ Shape suffixes: B rows, L row length, S segments of the batch, G groups that sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -208,22 +208,23 @@ def queries(where_BL: Tensor, span_BL: Tensor, vocabulary: SharedVocabulary) -> 
 def weighted_nats(
     logits: Sequence[Tensor], asked: Queries, batch: TokenBatch, noise: Noise, weighted: bool = True
 ) -> Tensor:
-    """w(t)·Σ cross-entropy of each segment, nats_S float32; plain sums where not `weighted`.
+    """w(t)·Σ cross-entropy of each segment, nats_S in fp32 (fp64 for fp64 logits); plain sums where not `weighted`.
 
     Args:
         logits: one [N, V] tensor for each of `asked`, as the transformer returns them.
     """
-    nats_S = torch.zeros(len(noise.weight_S), device=batch.ids_BL.device)
+    exact = torch.promote_types(logits[0].dtype, torch.float32)
+    nats_S = torch.zeros(len(noise.weight_S), dtype=exact, device=batch.ids_BL.device)
     ids_P, segment_P = batch.ids_BL.flatten(), batch.segment_BL.flatten()
     for logits_NV, (index_N, (start, _)) in zip(logits, asked, strict=True):
-        loss_N = F.cross_entropy(logits_NV.float(), ids_P[index_N] - start, reduction="none")
+        loss_N = F.cross_entropy(logits_NV.to(exact), ids_P[index_N] - start, reduction="none")
         nats_S = nats_S.index_add(0, segment_P[index_N], loss_N)
     return nats_S * noise.weight_S if weighted else nats_S
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How weighted cross-entropies become one training loss.
+    """How weighted cross-entropies become one training loss, normalised over the whole optimizer step.
 
     Attributes:
         schedule: noise schedule.
@@ -251,17 +252,14 @@ class Objective:
         batch: TokenBatch,
         noise: Noise,
         vocabulary: SharedVocabulary,
-        average: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """The loss.
+    ) -> tuple[Tensor, Tensor]:
+        """The summed loss of a batch, and what it is to be divided by.
 
-        Args:
-            average: mean of a scalar over all ranks, so that every token counts the same wherever it is. DDP takes
-                the mean of the ranks' gradients, so dividing each rank's sum by the mean count is right.
+        Every token counts the same wherever it is only if both are summed over all ranks and all batches of an
+        optimizer step before one is divided by the other.
         """
         nats_S = weighted_nats(logits, asked, batch, noise, weighted=self.weighting == "elbo")
         counted_BL = noise.target_BL if self.normalisation == "targets" else noise.predicted_BL
         importance = torch.tensor([self.importance.get(name, 1.0) for name in vocabulary.tokenizers])
         importance_S = importance.to(nats_S.device)[batch.tokenizer_S]
-        count = average(importance_S[batch.segment_BL[counted_BL]].sum()).clamp_min(torch.finfo().tiny)
-        return (nats_S * importance_S).sum() / count
+        return (nats_S * importance_S).sum(), importance_S[batch.segment_BL[counted_BL]].sum()

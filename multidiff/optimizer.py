@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -27,6 +28,9 @@ class MuonAdamW(Optimizer):
         betas: AdamW's decay rates.
         momentum: Muon's, of Nesterov's kind.
         ns_steps: Newton-Schulz iterations of Muon's orthogonalisation; 3 are nearly as good as 5.
+
+    Raises:
+        ValueError: no group is hidden or all are, or a hidden weight is not a whole matrix.
     """
 
     def __init__(
@@ -43,6 +47,12 @@ class MuonAdamW(Optimizer):
         others = [group for group in groups if not group["hidden"]]
         if not hidden or not others:
             raise ValueError("MuonAdamW needs parameter groups with hidden: True and groups without")
+        for weight in (weight for group in hidden for weight in group["params"]):
+            if weight.ndim < 2 or isinstance(weight, DTensor):
+                raise ValueError(
+                    f"Muon steps whole matrices, but a hidden weight has shape {list(weight.shape)} here. Strategies "
+                    "that shard weights leave no whole ones: use torch.optim.AdamW with them, or strategy ddp."
+                )
         with _as_matrices(hidden):
             self._muon = Muon(
                 hidden,

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -118,8 +119,7 @@ def load_checkpoint(path: Path) -> Parts:
     """The parts of a model from a Lightning checkpoint: averaged weights where training averaged them.
 
     Raises:
-        ValueError: no checkpoint of `multidiff.training.MaskedDiffusionModule`, or the tokenizers it points to have
-            changed.
+        ValueError: no checkpoint of `multidiff.training.MaskedDiffusionModule`, or a damaged one.
     """
     try:
         # Memory-mapped: optimizer states are not read.
@@ -132,12 +132,48 @@ def load_checkpoint(path: Path) -> Parts:
         raise ValueError(f"{path} is no checkpoint of a multidiff model, or it is damaged ({reason})") from None
     layout, specs, config, settings = recipe
     vocabulary = SharedVocabulary.from_dict(layout, str(path))
-    tokenizers = plugins.build(specs)
+    tokenizers = unpack(specs, vocabulary, str(path))
     SharedVocabulary.of(tokenizers).check(vocabulary, str(path))
     transformer = build_transformer({**config, "vocabulary_rows": vocabulary.rows}, str(path))
     prefix = "transformer."
     fill(transformer, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, str(path))
     return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path))
+
+
+def pack(tokenizers: Mapping[str, ModalityTokenizer]) -> dict[str, dict[str, Tensor]]:
+    """The saved files of tokenizers, for a checkpoint that needs no other file: uint8 tensors by tokenizer and path."""
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, tokenizer in tokenizers.items():
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(Path(folder))
+            packed[name] = {
+                str(file.relative_to(folder)): torch.from_numpy(np.fromfile(file, dtype=np.uint8))
+                for file in sorted(Path(folder).rglob("*"))
+                if file.is_file()
+            }
+    return packed
+
+
+def unpack(
+    packed: Mapping[str, Mapping[str, Tensor]], vocabulary: SharedVocabulary, where: str
+) -> dict[str, ModalityTokenizer]:
+    """The tokenizers that `pack` took; `ValueError` naming `where` if they are damaged."""
+    tokenizers = {}
+    for name, layout in vocabulary.tokenizers.items():
+        if layout.plugin is None or name not in packed:
+            raise ValueError(f"{where} does not hold tokenizer {name!r}")
+        with tempfile.TemporaryDirectory() as folder:
+            for relative, content in packed[name].items():
+                file = Path(folder, relative)
+                if not file.resolve().is_relative_to(Path(folder).resolve()):
+                    raise ValueError(f"{where}: tokenizer {name!r} has a file outside of its folder, {relative!r}")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content.numpy().tobytes())
+            try:
+                tokenizers[name] = plugins.load(layout.plugin).load(Path(folder))
+            except ValueError as error:
+                raise ValueError(f"{where}: tokenizer {name!r} is damaged ({error})") from None
+    return tokenizers
 
 
 def load_samplers(settings: Mapping[str, Any], vocabulary: SharedVocabulary, where: str) -> dict[str, MaskSampler]:

@@ -67,7 +67,8 @@ class TokenBatch:
         known_BL: bool, False where the model has to fill in.
         tokenizer_S: int64, place of each segment's tokenizer in the vocabulary.
         document_S: int64, document of each segment.
-        divisor_S: int64, what a segment's nats are divided by: its codes, plus one where its length varies.
+        divisor_S: int64, what a segment's nats are divided by: its codes, plus one where its length varies; 0 where a
+            document does not count.
     """
 
     ids_BL: Tensor

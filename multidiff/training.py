@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from multidiff import plugins, saving
 from multidiff.callbacks import progress
@@ -28,6 +30,8 @@ from multidiff.diffusion import (
 from multidiff.seeding import generator_for
 from multidiff.sequence import TokenBatch
 from multidiff.vocabulary import SharedVocabulary
+
+_WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 
 
 class MaskedDiffusionModule(LightningModule):
@@ -61,25 +65,32 @@ class MaskedDiffusionModule(LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.vocabulary = SharedVocabulary.of(plugins.build(tokenizers))
+        built = plugins.build(tokenizers)
+        self.vocabulary = SharedVocabulary.of(built)
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
         self.transformer = saving.build_transformer(config, "model.transformer")
         self.transformer.initialize(generator_for(seed))
         # Defaults as well: a later version's may differ. Plain values: a checkpoint must load with weights_only=True.
         settings = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         del settings["vocabulary_rows"]
-        self._recipe = {"tokenizers": tokenizers, "transformer": settings, "samplers": samplers or {}}
+        self._recipe = {"tokenizers": saving.pack(built), "transformer": settings, "samplers": samplers or {}}
         self.samplers = saving.load_samplers(samplers or {}, self.vocabulary, "model.samplers")
         self.tasks = tasks or [Task({"others": "target"})]
         for name in ({name for task in self.tasks for name in task.roles} - {"others"}) | objective.importance.keys():
             self.vocabulary.layout(name)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.final_lr, self.seed = warmup_steps, final_lr, seed
+        self._counts: list[Tensor] = []  # what the losses of this optimizer step are divided by, batch by batch
+        self._group_of = {
+            name: 2 if weight.dim() < 2 else int(not name.startswith("transformer.blocks."))
+            for name, weight in self.named_parameters()
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDiffusionModule:
         """Weight averaging copies the module. A configured optimizer holds what the command line made, live tokenizers
-        and data among it: copies share it."""
-        memo[id(self.optimizer)] = self.optimizer
+        and data among it: copies share it, and the files of the tokenizers."""
+        for shared in (self.optimizer, self._recipe):
+            memo[id(shared)] = shared
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
@@ -94,15 +105,27 @@ class MaskedDiffusionModule(LightningModule):
         noise = corrupt(batch, role_S, t_S, self.objective.schedule, generator)
         asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
         logits = self(batch, noise.ids_BL, asked)
-        loss = self.objective(logits, asked, batch, noise, self.vocabulary, self._average)
+        total, count = self.objective(logits, asked, batch, noise, self.vocabulary)
+        self._counts.append(self.trainer.strategy.reduce(count, reduce_op="mean"))  # pyright: ignore
+        # By the first batch's count: `on_after_backward` knows the others'. DDP takes the mean of the ranks' gradients.
+        loss = total / self._counts[0].clamp_min(1)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         bound_S = weighted_nats(logits, asked, batch, noise).detach()
         for name, value in self._per_tokenizer(batch, bound_S, (role_S == TARGET).to(bound_S.device)).items():
             self.log(f"train/{name}", value[0] / value[1].clamp_min(1), prog_bar=True, batch_size=1)
         return loss
 
-    def _average(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op="mean")  # pyright: ignore[reportReturnType]
+    def on_after_backward(self) -> None:
+        """Normalise over the optimizer step: all ranks and all accumulated batches, of which Lightning takes the mean
+        of their losses."""
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        counted = torch.stack(self._counts).sum().clamp_min(torch.finfo().tiny)
+        scale = self._counts[0].clamp_min(1) * self.trainer.accumulate_grad_batches / counted
+        for weight in self.parameters():
+            if weight.grad is not None:
+                weight.grad.mul_(scale.to(weight.grad.dtype))
+        self._counts.clear()
 
     def _per_tokenizer(self, batch: TokenBatch, nats_S: Tensor, where_S: Tensor) -> dict[str, Tensor]:
         """[nats, tokens] of each tokenizer over the segments of `where_S`."""
@@ -143,7 +166,10 @@ class MaskedDiffusionModule(LightningModule):
         noise = corrupt_exactly(batch, role_S, batch.document_S, generator_for(self.seed, *key, self.global_rank))
         asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
         nats_S = weighted_nats(self(batch, noise.ids_BL, asked), asked, batch, noise)
-        sums = self._per_tokenizer(batch, nats_S, role_S == TARGET)
+        counted_S = (role_S == TARGET) & (batch.divisor_S > 0)  # not what stands in for documents of other ranks
+        if not bool(counted_S.any()):
+            return
+        sums = self._per_tokenizer(batch, nats_S, counted_S)
         if mode == "joint":
             sums = {"joint": torch.stack(list(sums.values())).sum(0)}
         for name, value in sums.items():
@@ -164,16 +190,28 @@ class MaskedDiffusionModule(LightningModule):
             if tokens:
                 self.log(f"{stage}/{label}", nats / tokens, prog_bar=label == "joint", rank_zero_only=True)
 
-    def configure_optimizers(self) -> Any:
-        weights = [weight for weight in self.parameters() if weight.requires_grad]
-        blocks = {id(weight) for weight in self.transformer.blocks.parameters()}
-        matrices = [weight for weight in weights if weight.dim() >= 2]
-        groups = [
-            {"params": [weight for weight in matrices if id(weight) in blocks], "hidden": True},
-            {"params": [weight for weight in matrices if id(weight) not in blocks], "hidden": False},
-            {"params": [weight for weight in weights if weight.dim() < 2], "hidden": False, "weight_decay": 0.0},
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The blocks' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""
+        weights: list[list[nn.Parameter]] = [[], [], []]
+        for name, weight in self.named_parameters():
+            plain = _WRAPPERS.sub("", name)
+            if not weight.requires_grad:
+                continue
+            if plain not in self._group_of:
+                raise ValueError(
+                    f"{type(self.trainer.strategy).__name__} merges weights into {name}, so that matrices and vectors "
+                    "cannot be told apart. Set use_orig_params: true on the strategy."
+                )
+            weights[self._group_of[plain]].append(weight)
+        hidden, others, vectors = weights
+        return [
+            {"params": hidden, "hidden": True},
+            {"params": others, "hidden": False},
+            {"params": vectors, "hidden": False, "weight_decay": 0.0},
         ]
-        optimizer = self.optimizer(groups)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self._parameter_groups())
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -199,6 +237,11 @@ class MaskedDiffusionModule(LightningModule):
                 )
 
     def setup(self, stage: str) -> None:
+        if any(isinstance(callback, EMAWeightAveraging) for callback in self.trainer.callbacks):  # pyright: ignore
+            raise ValueError(
+                "Lightning's EMAWeightAveraging saves initial weights when a run ends before averaging starts. "
+                "Use multidiff.callbacks.AveragedWeights, with start_step in place of update_starting_at_step."
+            )
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "vocabulary"):
             self.vocabulary.check(data.vocabulary, "the data module (data.init_args.tokenizers)")

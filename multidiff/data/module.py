@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -20,8 +21,44 @@ from multidiff.sequence import Segment, Sequencer, TokenBatch
 from multidiff.tokenizer import Codes
 from multidiff.vocabulary import SharedVocabulary
 
+STAND_IN = -1  # in place of an epoch
 
-class DocumentData(LightningDataModule):
+
+class BatchedData(LightningDataModule):
+    """Base of data modules that `ShuffledBatches` serves: whose documents a process gets, and whether it may go on.
+
+    Attributes:
+        batch_size: documents of a batch, on each device.
+    """
+
+    batch_size: int
+
+    def rank(self) -> tuple[int, int]:
+        """This process among those that train together, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"ranks": self.rank()[1], "batch_size": self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Refuse what would show some documents of an epoch twice and others never.
+
+        Raises:
+            ValueError: training goes on with another number of processes or another batch size.
+        """
+        assert self.trainer is not None
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        names = {"ranks": "processes (devices times nodes)", "batch_size": "documents in a batch of each process"}
+        for key, value in self.state_dict().items():
+            if state_dict[key] != value:
+                raise ValueError(
+                    f"the checkpoint (--ckpt_path) was written in a training with {state_dict[key]} {names[key]}, but "
+                    f"this one has {value}, with which an epoch would show some documents twice. Continue it as it was."
+                )
+
+
+class DocumentData(BatchedData):
     """Documents of a data folder, tokenized once, in batches of packed rows.
 
     Args:
@@ -81,16 +118,15 @@ class DocumentData(LightningDataModule):
         )
 
     def train_dataloader(self) -> StatefulDataLoader:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, ranks = self.rank()
         documents = self.documents("train")
+        if len(documents) < ranks:
+            raise ValueError(
+                f"{self.folder} has {len(documents)} training documents, fewer than the {ranks} processes that train. "
+                f"Set trainer.devices and num_nodes so that there are at most {len(documents)}."
+            )
         order = ShuffledBatches(len(documents), self.batch_size, self.seed, rank, ranks)
-        return StatefulDataLoader(
-            documents,
-            batch_sampler=order,
-            collate_fn=self._collate,
-            num_workers=self.num_workers,
-            generator=generator_for(self.seed),  # or it would draw from torch's global one
-        )
+        return self._loader(documents, order)
 
     def val_dataloader(self) -> StatefulDataLoader:
         return self._evaluation("validation")
@@ -99,16 +135,21 @@ class DocumentData(LightningDataModule):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> StatefulDataLoader:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, ranks = self.rank()
         documents = self.documents(split)
-        indices = [(0, index) for index in range(rank, len(documents), ranks)]
+        # As many for every rank, so that none waits for another in vain; what stands in counts for nothing.
+        indices = [(0 if index < len(documents) else STAND_IN, index % len(documents))
+                   for index in range(rank, -(-len(documents) // ranks) * ranks, ranks)]  # fmt: skip
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        return self._loader(documents, batches)
+
+    def _loader(self, documents: Documents, batches: Iterable[list[tuple[int, int]]]) -> StatefulDataLoader:
         return StatefulDataLoader(
             documents,
             batch_sampler=batches,
             collate_fn=self._collate,
             num_workers=self.num_workers,
-            generator=generator_for(self.seed),
+            generator=generator_for(self.seed),  # or it would draw from torch's global one
         )
 
     def documents(self, split: str) -> Documents:
@@ -117,7 +158,14 @@ class DocumentData(LightningDataModule):
         return Documents(tokenized.open_split(place, split), self.sequencer, self.slack, self.seed)
 
     def _collate(self, documents: list[list[Segment]]) -> TokenBatch:
-        return self.sequencer.batch(documents, self.row_length)
+        batch = self.sequencer.batch(documents, self.row_length)
+        stands_in_D = torch.tensor([isinstance(document, StandIn) for document in documents])
+        batch.divisor_S[stands_in_D[batch.document_S]] = 0
+        return batch
+
+
+class StandIn(list[Segment]):
+    """A document that is evaluated only because other ranks have one more."""
 
 
 class Documents(torch.utils.data.Dataset):
@@ -135,7 +183,8 @@ class Documents(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[list[Segment]]:
         columns = self.rows[[index for _, index in keys]]
         rows = zip(keys, columns["names"], columns["ids"], columns["sizes"], strict=True)
-        return [self._document(generator_for(self.seed, *key), *row) for key, *row in rows]
+        documents = [self._document(generator_for(self.seed, *key), *row) for key, *row in rows]
+        return [StandIn(one) if key[0] == STAND_IN else one for key, one in zip(keys, documents, strict=True)]
 
     def codes(self, index: int) -> list[tuple[str, Codes]]:
         """The codes of a document, with the names of their tokenizers."""
