@@ -308,11 +308,15 @@ def without_the_first(state):
 @pytest.mark.parametrize(
     ("kind", "damage", "message"),
     [
-        ("dac", lambda folder: (folder / "config.json").unlink(), r"config\.json does not exist"),
+        ("dac", lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
         ("dac", lambda folder: (folder / "config.json").write_text("{"), r"config\.json is damaged"),
-        ("dac", lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is no codec's"),
-        ("dac", lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors does not exist"),
-        ("dac", lambda folder: os.truncate(folder / "model.safetensors", 500), r"model\.safetensors is damaged"),
+        ("dac", lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must hold a JSON object"),
+        ("dac", lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (
+            "dac",
+            lambda folder: os.truncate(folder / "model.safetensors", 500),
+            r"model\.safetensors is truncated, damaged",
+        ),
         ("dac", pickle_weights, r"pytorch_model\.bin holds pickled weights.*save_pretrained"),
         ("dac", lambda folder: change_config(folder, model_type="llama"), r"config\.json describes a 'llama' model"),
         ("dac", lambda folder: change_config(folder, model_type=["dac"]), r"config\.json describes a \['dac'\] model"),

@@ -12,10 +12,11 @@ from typing import Self
 
 from torch import Tensor
 
+from multidiff.files import write_json
 from multidiff_codec.folder import read_codec
 from multidiff_codec.models import Codec
 from multidiff_sound import SoundTokenizer
-from multidiff_sound.folder import CONFIG, WEIGHTS, fingerprint_of, read_json, write_folder, write_json
+from multidiff_sound.folder import CONFIG, WEIGHTS, fingerprint_of, read_json, write_folder
 
 _SETTINGS = "codec.json"
 # What transformers notes in a configuration that decides nothing.

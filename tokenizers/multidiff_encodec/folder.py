@@ -15,6 +15,7 @@ import torch
 from encodec.model import EncodecModel
 from torch import Tensor
 
+from multidiff.files import check_finite
 from multidiff_encodec.model import PRESETS, CodecConfig, build_model, codebooks_of, mark_started
 from multidiff_sound.folder import CONFIG, WEIGHTS, read_json, read_weights, write_folder
 
@@ -126,6 +127,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or no PyTorch checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds no weights by name; expected Meta's EnCodec 24 kHz checkpoint")
+    check_finite(state, str(path))
     if "encoder.model.0.conv.norm.weight" in state:
         raise ValueError(f"{path} is the 48 kHz stereo EnCodec: {_RESCALES}")
     return state
