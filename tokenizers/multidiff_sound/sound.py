@@ -5,8 +5,7 @@ Shape suffixes: C channels, T samples.
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
+import io
 from pathlib import Path
 
 import numpy as np
@@ -15,52 +14,76 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks
-from torchaudio.transforms import Resample
 
+from multidiff.files import check_file, naming, write_bytes
 from multidiff.tokenizer import Audio, ItemError
+from multidiff_sound.containers import DamageError, Stream, streams_of
+from multidiff_sound.resampling import resample
 
 MOST_SECONDS = 3600  # of a file
+_MOST_SAMPLES = 2**30  # of all channels of a file, 4 GB: an hour of stereo at up to 149 kHz
 
 
 def read_sound(path: Path) -> Audio:
     """A WAV (8 to 32 bits, float), FLAC, OGG or MP3 file at its own rate; floats beyond ±1 are clipped.
 
+    Headers need not state the length: streams of WAV, FLAC and MP3 are read to their end.
+
     Raises:
-        ItemError: the file is missing, damaged, cut off, or longer than `MOST_SECONDS`; names it.
+        ItemError: the file is missing, damaged, cut off, empty, longer than `MOST_SECONDS`, or holds a sample that is
+            NaN or infinite; names it.
     """
-    if not path.is_file():
-        raise ItemError(f"{path} does not exist")
     try:
-        with soundfile.SoundFile(path) as file:
-            frames, sample_rate = file.frames, file.samplerate
-            if frames > MOST_SECONDS * sample_rate:
-                raise ItemError(
-                    f"{path} lasts {frames / sample_rate:,.0f} s, and at most {MOST_SECONDS:,} s are read; cut it up"
-                )
-            samples_TC = file.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise ItemError(f"{path} is no readable sound file ({error}); WAV, FLAC, OGG and MP3 are") from None
-    if len(samples_TC) < frames or _is_cut(path):
-        raise ItemError(f"{path} is cut off after {len(samples_TC):,} samples; copy it again or leave it out")
-    return Audio(torch.from_numpy(np.ascontiguousarray(samples_TC.T)).clamp(-1, 1), sample_rate)
+        check_file(path)
+    except ValueError as error:
+        raise ItemError(str(error)) from None
+    try:
+        with path.open("rb") as file:
+            parts = [_decode(stream) for stream in streams_of(file)]
+    except DamageError as error:
+        raise ItemError(f"{path} {error}") from None
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.removeprefix("Error : ").rstrip(".")
+        raise ItemError(f"{path} is cut off, damaged or of a kind that is not read ({reason})") from None
+    except OSError as error:
+        raise ItemError(f"{path} cannot be read ({error.strerror})") from None
+    sample_rate, channels = parts[0].sample_rate, len(parts[0].waveform)
+    if any((part.sample_rate, len(part.waveform)) != (sample_rate, channels) for part in parts):
+        raise ItemError(f"{path} changes its sample rate or channels in the middle; cut it up")
+    waveform_CT = parts[0].waveform if len(parts) == 1 else torch.cat([part.waveform for part in parts], 1)
+    if waveform_CT.numel() == 0:
+        raise ItemError(f"{path} holds no samples; leave it out")
+    if not waveform_CT.isfinite().all():
+        raise ItemError(f"{path} holds samples that are not finite (NaN or infinite); leave it out or repair it")
+    return Audio(waveform_CT.clamp_(-1, 1), sample_rate)
 
 
-def _is_cut(path: Path) -> bool:
-    """Whether a WAV file is shorter than it says; libsndfile takes what is there. Streams say 0 or the largest size."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    size = int.from_bytes(head[4:8], "little")
-    is_wave = head[:4] == b"RIFF" and head[8:] == b"WAVE"
-    return is_wave and size not in (0, 2**32 - 1) and path.stat().st_size < size
+def _decode(stream: Stream) -> Audio:
+    with soundfile.SoundFile(stream) as file:  # pyright: ignore[reportArgumentType]
+        frames, sample_rate = file.frames, file.samplerate
+        if frames > MOST_SECONDS * sample_rate:
+            seconds = frames / sample_rate
+            raise DamageError(f"lasts {seconds:,.0f} s, and at most {MOST_SECONDS:,} s are read; cut it up")
+        if frames * file.channels > _MOST_SAMPLES:
+            raise DamageError(
+                f"holds {frames * file.channels:,} samples in all channels, and at most {_MOST_SAMPLES:,} are read; "
+                "cut it up"
+            )
+        if file.subtype.startswith("MPEG") and file.format != "MP3":
+            raise DamageError(f"is a {file.format} file with MP3 inside; save it as an MP3 file")
+        samples_TC = file.read(dtype="float32", always_2d=True)
+    if len(samples_TC) < frames:
+        raise DamageError(f"is cut off after {len(samples_TC):,} samples; copy it again or leave it out")
+    return Audio(torch.from_numpy(np.ascontiguousarray(samples_TC.T)), sample_rate)
 
 
 def write_sound(sound: Audio, path: Path) -> None:
-    """16-bit WAV, written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
-    samples_TC = sound.waveform.detach().cpu().clamp(-1, 1).T.numpy()
-    soundfile.write(beside, samples_TC, sound.sample_rate, format="WAV", subtype="PCM_16")
-    os.replace(beside, path)
+    """Write a 16-bit WAV, whole or not at all; `ValueError` naming it where that fails."""
+    samples_TC, file = sound.waveform.detach().cpu().clamp(-1, 1).T.numpy(), io.BytesIO()
+    soundfile.write(file, samples_TC, sound.sample_rate, format="WAV", subtype="PCM_16")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, file.getvalue())
 
 
 def to_mono(sound: Audio, sample_rate: int) -> Tensor:
@@ -73,10 +96,10 @@ def to_mono(sound: Audio, sample_rate: int) -> Tensor:
         raise ItemError(f"a sound is an Audio with waveform [channels, samples] and a rate in Hz, not {sound!r:.80}")
     if sound.waveform.numel() == 0:
         raise ItemError("a sound of no samples cannot be tokenized; leave it out")
-    waveform_CT = sound.waveform.detach().cpu().float()
-    if not waveform_CT.isfinite().all():
+    waveform_T = sound.waveform.detach().cpu().float().mean(0)
+    if not waveform_T.isfinite().all():
         raise ItemError("a sound holds samples that are not finite (NaN or infinite); leave it out or repair it")
-    return _resampler(sound.sample_rate, sample_rate)(waveform_CT.mean(0))
+    return resample(waveform_T, sound.sample_rate, sample_rate)
 
 
 def spectrogram(sound: Audio, height: int = 96) -> Image.Image:
@@ -93,9 +116,3 @@ def spectrogram(sound: Audio, height: int = 96) -> Image.Image:
     grey_MT = ((decibel_MT - decibel_MT.max()) / 60 + 1).clamp(0, 1).flip(0)
     picture = Image.fromarray((grey_MT * 255).to(torch.uint8).numpy())
     return picture.resize((2 * grey_MT.shape[1], height), Image.Resampling.BILINEAR)
-
-
-@lru_cache(maxsize=32)
-def _resampler(source: int, target: int) -> Resample:
-    """Kept, because its filter takes longer to compute than a word to resample."""
-    return Resample(source, target)

@@ -66,11 +66,7 @@ class SoundTokenizer(ModalityTokenizer):
         waves = []
         for item in items:
             wave_T = to_mono(item, self.sample_rate)
-            if len(wave_T) > self.max_seconds * self.sample_rate:
-                raise ItemError(
-                    f"a sound of {len(wave_T) / self.sample_rate:.1f} s is longer than max_seconds, "
-                    f"{self.max_seconds:g}; cut it, or raise max_seconds if memory allows"
-                )
+            self._check_length(len(wave_T) / self.sample_rate, "a sound")
             waves.append(F.pad(wave_T, (0, -len(wave_T) % self.hop)))
         all_codes = []
         for ids_tK in self._mapped(self.ids_of, waves, samples_each=1):
@@ -113,7 +109,10 @@ class SoundTokenizer(ModalityTokenizer):
         """The sound in a file: WAV, FLAC, OGG or MP3."""
         if not isinstance(value, str):
             raise ItemError(f"a sound is named by the path of its file, not by {value!r}")
-        return read_sound(Path(folder) / value)
+        path = Path(folder) / value
+        sound = read_sound(path)
+        self._check_length(sound.waveform.shape[1] / sound.sample_rate, f"{path}: a sound")
+        return sound
 
     def write(self, item: Any, stem: Path) -> Path:
         """Write a 16-bit WAV at the sound's own rate."""
@@ -138,6 +137,13 @@ class SoundTokenizer(ModalityTokenizer):
         """Move the model to `device`."""
         self.model.to(device)
         return self
+
+    def _check_length(self, seconds: float, what: str) -> None:
+        if seconds > self.max_seconds:
+            raise ItemError(
+                f"{what} of {seconds:.1f} s is longer than max_seconds, {self.max_seconds:g}; cut it, or raise "
+                "max_seconds if memory allows"
+            )
 
     def _mapped(self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], samples_each: int) -> list[Tensor]:
         """`function` of each input in batches; an entry of its first dimension stands for `samples_each`."""
