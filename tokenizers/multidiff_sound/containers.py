@@ -137,7 +137,7 @@ def _wave64(file: BinaryIO, start: int, size: int) -> Stream:
         length = max(24, int.from_bytes(header[16:], "little"))
         if header[:16] == _WAVE64[1]:
             break
-        place += length + -length % 8
+        place = min(size, place + length + -length % 8)
     if place + length > size:
         raise DamageError(f"is cut off after {size - place - 24:,} of {length - 24:,} bytes of samples; {_AGAIN}")
     return Stream(file, start, size)

@@ -1,0 +1,102 @@
+"""Sound files, damaged: each is read and resampled, or an `ItemError` names it. None that was cut off is read short."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import soundfile
+
+from multidiff.tokenizer import ItemError
+from multidiff_sound.sound import read_sound, to_mono
+
+_KINDS = {
+    "u8.wav": ("WAV", "PCM_U8"),
+    "16.wav": ("WAV", "PCM_16"),
+    "24.wav": ("WAVEX", "PCM_24"),
+    "32.wav": ("WAV", "PCM_32"),
+    "float.wav": ("WAV", "FLOAT"),
+    "double.wav": ("RF64", "DOUBLE"),
+    "w64": ("W64", "PCM_16"),
+    "aiff": ("AIFF", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "24.flac": ("FLAC", "PCM_24"),
+    "ogg": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+}
+_RATES = (8_000, 16_000, 48_000)
+
+
+@dataclass
+class State:
+    folder: Path
+    contents: dict[str, bytes]  # of a file, by its name
+
+
+def prepare(folder: Path, random: Random) -> State:
+    """A third of a second of each kind of sound, mono and stereo."""
+    generator = np.random.default_rng(random.randrange(2**32))
+    contents = {}
+    for name, (container, subtype) in _KINDS.items():
+        for channels in (1, 2):
+            rate = random.choice(_RATES)
+            samples_TC = generator.normal(0, 0.2, (rate // 3, channels)).clip(-1, 1)
+            path = folder / f"{channels}.{name}"
+            soundfile.write(path, samples_TC, rate, format=container, subtype=subtype)
+            contents[path.name] = path.read_bytes()
+    return State(folder, contents)
+
+
+def attempt(state: State, number: int, random: Random) -> str:
+    """Damage one of the files, read and resample it."""
+    names = sorted(state.contents)
+    name = names[number % len(names)]
+    whole = state.contents[name]
+    damaged = _damage(whole, state.contents[random.choice(names)], random)
+    path = state.folder / f"{number}.{name}"
+    path.write_bytes(damaged)
+    try:
+        sound = read_sound(path)
+    except ItemError as error:
+        if str(path) not in str(error) or "\n" in str(error):
+            raise AssertionError(f"no sentence that names the file: {error}") from error
+        return "refused"
+    finally:
+        path.unlink()
+    if whole.startswith(damaged):
+        assert sound.waveform.shape == read_sound(state.folder / name).waveform.shape, "read short"
+    waveform_T = to_mono(sound, 16_000)
+    assert len(waveform_T) == -(-sound.waveform.shape[1] * 16_000 // sound.sample_rate)
+    assert waveform_T.isfinite().all()
+    return "read"
+
+
+def _damage(content: bytes, other: bytes, random: Random) -> bytes:
+    damaged = bytearray(content)
+    kind = random.choice(["flip", "flip header", "cut", "zero", "double", "remove", "header", "append", "numbers"])
+    start, end = sorted(random.choices(range(len(content)), k=2))
+    if kind.startswith("flip"):
+        for _ in range(random.choice([1, 1, 2, 10])):
+            place = random.randrange(min(len(content), 100) if "header" in kind else len(content))
+            damaged[place] ^= 1 << random.randrange(8)
+    elif kind == "cut":
+        del damaged[start:]
+    elif kind == "zero":
+        damaged[start:end] = bytes(end - start)
+    elif kind == "double":
+        damaged[start:start] = content[start:end]
+    elif kind == "remove":
+        del damaged[start:end]
+    elif kind == "header":
+        size = random.choice([4, 12, 44, 200])
+        damaged[:size] = other[:size]
+    elif kind == "append":
+        damaged += random.choice([random.randbytes(random.randrange(1, 2_000)), other, bytes(500), b"TAG" + bytes(125)])
+    else:
+        place = random.randrange(min(len(content), 100))
+        number = random.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, random.randrange(2**32)])
+        damaged[place : place + 4] = number.to_bytes(4, random.choice(["little", "big"]))
+    return bytes(damaged)
