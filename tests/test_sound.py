@@ -11,7 +11,6 @@ import soundfile
 import torch
 from fuzz import sounds
 from scipy.signal import resample as ideally_resampled
-from torchaudio.transforms import Resample
 
 from multidiff.tokenizer import Audio, ItemError
 from multidiff_encodec.data import SoundData
@@ -52,6 +51,8 @@ def decibel(error_T, signal_T):
 RATES = [
     (16_001, 16_000), (44_099, 16_000), (191_999, 8_000), (7_999, 48_000), (16_000, 44_099), (999_983, 16_000),
     (101, 16_003),
+    *((source, target) for source in (8_000, 22_050, 44_100, 48_000, 192_000) for target in (8_000, 16_000, 24_000)
+      if source != target),
 ]  # fmt: skip
 
 
@@ -81,13 +82,6 @@ def test_resampled_noise_is_that_of_a_fourier_transform():
     result_T = resample(torch.from_numpy(noise_T).float(), source, target).numpy()
     middle = slice(200, -200)
     assert decibel((result_T - wanted_T)[middle], wanted_T[middle]) < -80
-
-
-@pytest.mark.parametrize("source", [8_000, 11_025, 22_050, 24_000, 44_100, 48_000, 96_000, 192_000])
-@pytest.mark.parametrize("target", [8_000, 16_000, 24_000, 48_000])
-def test_simple_ratios_are_torchaudios(source, target):
-    sound_T = torch.from_numpy(noise(2_000))
-    assert torch.equal(resample(sound_T, source, target), Resample(source, target)(sound_T))
 
 
 @pytest.mark.parametrize(("source", "target"), [(44_099, 16_000), (16_000, 44_099)])

@@ -1,16 +1,16 @@
 """Resampling from any rate to any other in bounded memory.
 
-Rates whose ratio is simple, such as 44,100 : 16,000 = 441 : 160, go through torchaudio's filter, which the codecs that
-are shipped were trained with. It keeps a row of weights for each of the 160 positions that an output can have between
-two inputs. At 16,001 : 16,000 there would be 16,000 of them, each 16,000 long.
+One filter for all: a sinc in a Kaiser window. The error is 80 dB below the signal at frequencies of up to 95 % of half
+the lower rate; frequencies above half the lower rate are removed to the same degree.
 
-For those ratios this module takes a windowed sinc whose weights are interpolated. At position p in [0, 1) between two
+Rates whose ratio is simple, such as 44,100 : 16,000 = 441 : 160, go through torchaudio, which keeps a row of weights
+for each of the 160 positions that an output can have between two inputs. At 16,001 : 16,000 there would be 16,000 of
+them, each 16,000 long. For those ratios this module interpolates the weights. At position p in [0, 1) between two
 inputs, an output is Σ_k x_k h(k − p). As a function of p, h(k − p) is nearly a polynomial, so that
 
     Σ_k x_k h(k − p) ≈ Σ_m l_m(p) Σ_k x_k h(k − p_m)
 
-with the Lagrange polynomials l_m of a few Chebyshev nodes p_m. The error is 80 dB below the signal at frequencies of up
-to 95 % of half the lower rate; frequencies above half the lower rate are removed to the same degree.
+with the Lagrange polynomials l_m of a few Chebyshev nodes p_m.
 
 Shape suffixes: T input samples, N outputs of a chunk, K weights, M nodes.
 """
@@ -26,7 +26,11 @@ from torch import Tensor
 from torchaudio.transforms import Resample
 
 _PASSED = 0.95  # of half the lower rate
+_CUTOFF = (1 + _PASSED) / 2
 _DECIBEL = 85.0
+# Kaiser's formulas for a transition from _PASSED to 1: half the filter's length, in samples of the lower rate.
+_HALF = (_DECIBEL - 7.95) / (2.285 * math.pi * (1 - _PASSED)) / 2
+_BETA = 0.1102 * (_DECIBEL - 8.7)
 _NODES = 10
 _CHUNK = 2**22  # numbers
 _MOST_WEIGHTS = 2**20
@@ -37,7 +41,7 @@ def resample(waveform_T: Tensor, source: int, target: int) -> Tensor:
     """Samples at `source` Hz to ⌈T · target / source⌉ samples at `target` Hz."""
     divisor = math.gcd(source, target)
     source, target = source // divisor, target // divisor
-    if target * (source + 14 * max(1, source // target)) <= _MOST_WEIGHTS:
+    if target * (source + 2 * _HALF * max(1, source / target)) <= _MOST_WEIGHTS:
         return _simple(source, target)(waveform_T)
     outputs = -(-len(waveform_T) * target // source)
     while source > _MOST_STEPS * target:  # in stages: the filter would be as long as the ratio is large
@@ -49,7 +53,8 @@ def resample(waveform_T: Tensor, source: int, target: int) -> Tensor:
 @lru_cache(maxsize=32)
 def _simple(source: int, target: int) -> Resample:
     """Kept, because its filter takes longer to compute than a word to resample."""
-    return Resample(source, target)
+    zero_crossings = round(_HALF * _CUTOFF)
+    return Resample(source, target, "sinc_interp_kaiser", zero_crossings, _CUTOFF, _BETA)
 
 
 def _interpolate(waveform_T: Tensor, source: int, target: int) -> Tensor:
@@ -72,15 +77,13 @@ def _interpolate(waveform_T: Tensor, source: int, target: int) -> Tensor:
 def _filter(source: int, target: int) -> tuple[Tensor, Tensor]:
     """Weights at the nodes, float32 [K, M], and the coefficients of the Lagrange polynomials, float64 [M, M]."""
     lower = min(1.0, target / source)  # rate, in terms of that of the inputs
-    # Kaiser's formulas, for a transition from _PASSED to 1
-    half = (_DECIBEL - 7.95) / (2.285 * math.pi * (1 - _PASSED)) / 2 / lower
-    beta = 0.1102 * (_DECIBEL - 8.7)
+    half = _HALF / lower
     points_M = torch.cos(math.pi * (torch.arange(_NODES, dtype=torch.float64) + 0.5) / _NODES)  # in [-1, 1]
     reach = math.ceil(half)
     distances_KM = torch.arange(1 - reach, reach + 1)[:, None] - (points_M + 1) / 2
-    window_KM = torch.special.i0(beta * (1 - (distances_KM / half) ** 2).clamp(min=0).sqrt())
-    window_KM = torch.where(distances_KM.abs() <= half, window_KM, 0) / torch.special.i0(torch.tensor(beta).double())
-    cutoff = lower * (1 + _PASSED) / 2
+    window_KM = torch.special.i0(_BETA * (1 - (distances_KM / half) ** 2).clamp(min=0).sqrt())
+    window_KM = torch.where(distances_KM.abs() <= half, window_KM, 0) / torch.special.i0(torch.tensor(_BETA).double())
+    cutoff = lower * _CUTOFF
     weights_KM = cutoff * torch.sinc(cutoff * distances_KM) * window_KM
     powers_MM = torch.linalg.inv(torch.linalg.vander(points_M))
     return weights_KM.float(), powers_MM
