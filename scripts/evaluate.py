@@ -36,7 +36,7 @@ from multidiff_encodec.mel import MelLoss
 from multidiff_sound import SoundTokenizer
 from multidiff_sound.sound import to_mono
 from multidiff_vq import VQTokenizer
-from multidiff_vq.pictures import convert, to_pixels
+from multidiff_vq.pictures import to_pixels
 
 _BACKBONES: dict[Literal["alex", "vgg", "squeeze"], str] = {
     "alex": "alexnet-owt-7be5be79.pth",
@@ -53,6 +53,8 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
     # In the order in which a data folder is tokenized.
     values.sort(key=lambda value: file_state(arguments.data, value)[0], reverse=True)
     items = [made.read(value, arguments.data) for value in tqdm(values, desc="reading", leave=False)]
+    if isinstance(made, VQTokenizer):  # what is restored has the size that was encoded
+        items = [made.prepared(item) for item in items]
     codes, encoding = _timed(made.encode, items, arguments.batch, "encoding")
     restored, decoding = _timed(made.decode, codes, arguments.batch, "decoding")
     again, _ = _timed(made.encode, restored, arguments.batch, "encoding again")
@@ -109,7 +111,7 @@ def _timed(call: Callable[[list[Any]], list[Any]], inputs: list[Any], size: int,
 def _bare(made: ModalityTokenizer, items: list[Any], codes: list[Codes], size: int) -> dict[str, float]:
     """Seconds of the neural network alone, on tensors that are ready, in batches of equal shape; none for others."""
     if isinstance(made, VQTokenizer):
-        inputs = [to_pixels(convert(item, made.mode)) for item in items]
+        inputs = [to_pixels(item) for item in items]
         grids = [one.ids_N.reshape(one.size["height"] // made.stride, -1) for one in codes]
         calls = {"encoded": (made.ids_of, inputs), "decoded": (made.pixels_of, grids)}
     elif isinstance(made, SoundTokenizer):

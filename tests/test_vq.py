@@ -281,7 +281,7 @@ def test_weights_must_be_a_preset_or_a_folder(tmp_path):
         ({"_class_name": "VQModel", "flavour": 1}, "VQModel knows no flavour"),
         ({"_class_name": "VQModel", "block_out_channels": "x"}, "VQModel cannot be built from it"),
         ({"_class_name": "VQModel", **arguments(num_vq_embeddings=8)}, r"embedding.weight is \[16, 4\], not \[8, 4\]"),
-        ([], "holds a list"),
+        ([], "must hold a JSON object, not list"),
     ],
 )
 def test_foreign_configurations_are_refused(broken, content, words):

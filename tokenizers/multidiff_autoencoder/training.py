@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import AdamW
@@ -23,6 +25,9 @@ from multidiff.optimizer import MuonAdamW
 
 class AutoencoderTraining(LightningModule):
     """Base of the trainings of tokenizers; a subclass sets `self.model`, and `self.discriminator` where it has one.
+
+    A training that has come to its end writes the tokenizer, also one that was resumed there; an interrupted one does
+    not.
 
     Args:
         folder: where the trained tokenizer goes.
@@ -93,6 +98,36 @@ class AutoencoderTraining(LightningModule):
     def reviving(self) -> float:
         """`revive_below` as long as codes are moved, then 0."""
         return self.revive_below if self.fraction_done < self.revive_until else 0.0
+
+    @property
+    def started(self) -> bool:
+        """Whether every codebook has been set from latents."""
+        raise NotImplementedError
+
+    def write_tokenizer(self) -> None:
+        """Write the tokenizer into `self.folder`."""
+        raise NotImplementedError
+
+    def on_fit_end(self) -> None:
+        # Not on_train_end: Lightning leaves it out where a checkpoint is at max_steps already.
+        if self.trainer.is_global_zero:
+            self.write_tokenizer()
+            rank_zero_info(f"Saved the tokenizer in {self.folder}.")
+            self._tell_of_no_codebook()
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._tell_of_no_codebook()
+
+    def on_test_start(self) -> None:
+        self._tell_of_no_codebook()
+
+    def _tell_of_no_codebook(self) -> None:
+        if not self.started:
+            rank_zero_info(
+                f"Its codebook has not been trained: training starts it after {self.continuous_steps} steps "
+                "(continuous_steps). To evaluate a trained one, name its checkpoint with --ckpt_path."
+            )
 
     def idle_discriminator(self) -> Tensor | float:
         """0, with a gradient for each parameter of the discriminator, which DDP wants, while it does not take part."""

@@ -29,7 +29,7 @@ class SoundData(LightningDataModule):
 
     Args:
         folder: the data folder.
-        sample_rate: of the codec, Hz.
+        sample_rate: of the codec, Hz; by default that of the codec that is trained.
         samples: T; a multiple of the codec's hop.
         name: the name under which its segments hold sounds.
         batch_size: sounds of a batch, on each device.
@@ -38,14 +38,15 @@ class SoundData(LightningDataModule):
         seed: decides order, cuts and loudness, together with the epoch.
 
     Raises:
-        ValueError: the folder names no sound for training or validation, or one cannot be read; names it.
+        ValueError: the folder names no sound for training or validation, one cannot be read, or rate or length is not
+            one of the codec; names it.
     """
 
     def __init__(
         self,
         folder: str,
-        sample_rate: int,
-        samples: int,
+        sample_rate: int | None = None,
+        samples: int = 16_000,
         name: str = "speech",
         batch_size: int = 16,
         quieter: float = 6.0,
@@ -54,15 +55,42 @@ class SoundData(LightningDataModule):
     ):
         super().__init__()
         self.folder, self.name, self.sample_rate, self.samples = Path(folder), name, sample_rate, samples
+        self._rate = sample_rate
         self.batch_size, self.quieter, self.num_workers, self.seed = batch_size, quieter, num_workers, seed
 
+    def suit(self, preset: str, sample_rate: int, hop: int) -> None:
+        """Take the rate from the codec that is trained, where the configuration of the data leaves it open.
+
+        Args:
+            preset: the codec's name, for errors.
+            sample_rate: of the codec, Hz.
+            hop: samples a frame.
+
+        Raises:
+            ValueError: the configuration of the data says something else, or its length is not whole frames.
+        """
+        if self.sample_rate not in (None, sample_rate):
+            raise ValueError(
+                f"SoundData has sample_rate: {self.sample_rate}, and preset {preset!r} has {sample_rate}: leave "
+                "sample_rate out, or take another preset"
+            )
+        if self.samples < 1 or self.samples % hop:
+            raise ValueError(f"SoundData has samples: {self.samples}, and preset {preset!r} takes multiples of {hop}")
+        self._rate = sample_rate
+
     def train_dataloader(self) -> StatefulDataLoader:
-        sounds = _Cuts(self._paths("train"), self.sample_rate, self.samples, self.quieter, self.seed)
+        sounds = _Cuts(self._paths("train"), self._known_rate(), self.samples, self.quieter, self.seed)
         batches = ShuffledBatches(len(sounds), self.batch_size, self.seed, *self._rank())
         return self._loader(sounds, batches)
 
     def val_dataloader(self) -> StatefulDataLoader:
-        sounds, (rank, ranks) = _Middles(self._paths("validation"), self.sample_rate, self.samples), self._rank()
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        return self._evaluation("test")
+
+    def _evaluation(self, split: str) -> StatefulDataLoader:
+        sounds, (rank, ranks) = _Middles(self._paths(split), self._known_rate(), self.samples), self._rank()
         keys = [(0, index) for index in range(rank, len(sounds), ranks)]
         batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
         return self._loader(sounds, batches)
@@ -70,6 +98,13 @@ class SoundData(LightningDataModule):
     def _loader(self, sounds: Dataset, batches: Any) -> StatefulDataLoader:
         alone = torch.Generator()  # leaves the global one alone
         return StatefulDataLoader(sounds, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
+
+    def _known_rate(self) -> int:
+        if self._rate is None:
+            raise ValueError(
+                "SoundData takes its sample_rate from EncodecTraining: give both to the trainer, or set it"
+            )
+        return self._rate
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

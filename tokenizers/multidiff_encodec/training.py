@@ -37,6 +37,7 @@ from multidiff.tokenizer import Audio
 from multidiff_autoencoder.adversary import Balancer, adversarial_loss, feature_matching, frozen, hinge_loss
 from multidiff_autoencoder.codebook import Codebook, usage
 from multidiff_autoencoder.training import AutoencoderTraining
+from multidiff_encodec.data import SoundData
 from multidiff_encodec.folder import write_codec
 from multidiff_encodec.mel import MelLoss
 from multidiff_encodec.model import PRESETS, build_model, codebooks_of, mark_started
@@ -47,7 +48,8 @@ class EncodecTraining(AutoencoderTraining):
     """Trains a codec and, at the end, writes a folder that `EncodecTokenizer(weights=folder)` opens.
 
     Logged: the losses; for each level `usage`, the share of codes in use, and `perplexity`, exp of the
-    entropy of their use; in TensorBoard, sounds of the validation split and their reconstructions.
+    entropy of their use; of the validation and test split the mel loss by number of levels (`val/mel_1` …); in
+    TensorBoard, sounds of the validation split and their reconstructions.
 
     Args:
         preset: a size from `multidiff_encodec.model.PRESETS`: words-8khz, words-16khz, 8khz, 16khz, 24khz,
@@ -84,6 +86,7 @@ class EncodecTraining(AutoencoderTraining):
             self.config = replace(PRESETS[preset], **(settings or {}))
         except TypeError as error:
             raise ValueError(f"settings of codec size {preset!r}: {error}") from None
+        self.preset = preset
         self.model = build_model(self.config, self.seed).train()
         self.mel_loss = MelLoss(self.config.sample_rate)
         self.fewer_levels = fewer_levels
@@ -96,6 +99,16 @@ class EncodecTraining(AutoencoderTraining):
     def codebooks(self) -> list[Codebook]:
         """First level first."""
         return codebooks_of(self.model.quantizer)
+
+    @property
+    def started(self) -> bool:
+        return all(book.started for book in self.codebooks)
+
+    def setup(self, stage: str) -> None:
+        """Tell the data what the codec takes."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, SoundData):
+            data.suit(self.preset, self.config.sample_rate, self.config.hop)
 
     def training_step(self, waveform_BCT: Tensor, batch_idx: int) -> Tensor:
         latents_BDt = self.model.encoder(waveform_BCT)
@@ -126,14 +139,21 @@ class EncodecTraining(AutoencoderTraining):
         return loss
 
     def validation_step(self, waveform_BCT: Tensor, batch_idx: int) -> None:
+        self._evaluate("val", waveform_BCT, show=batch_idx == 0 and self.trainer.is_global_zero)
+
+    def test_step(self, waveform_BCT: Tensor, batch_idx: int) -> None:
+        self._evaluate("test", waveform_BCT)
+
+    def _evaluate(self, stage: str, waveform_BCT: Tensor, show: bool = False) -> None:
+        """Log the mel loss of each number of levels."""
         codes_BKt = self.model.encode(waveform_BCT)[0][0]
         for levels in range(1, codes_BKt.shape[1] + 1):
             restored_BCT = self.model.decode([(codes_BKt[:, :levels], None)])[..., : waveform_BCT.shape[-1]]
             mel = self.mel_loss(restored_BCT[:, 0], waveform_BCT[:, 0])
-            self.log(f"val/mel_{levels}", mel, prog_bar=True, batch_size=len(waveform_BCT), sync_dist=True)
-            if batch_idx == 0 and self.trainer.is_global_zero:
+            self.log(f"{stage}/mel_{levels}", mel, prog_bar=True, batch_size=len(waveform_BCT), sync_dist=True)
+            if show:
                 self._show(f"{levels} levels", restored_BCT[:4])
-        if batch_idx == 0 and self.trainer.is_global_zero:
+        if show:
             self._show("original", waveform_BCT[:4])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -144,9 +164,8 @@ class EncodecTraining(AutoencoderTraining):
         """Take them up again."""
         self._recent.extend(checkpoint["recent_latents"])
 
-    def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
-            write_codec(self.model, self.config, self.folder, self.half_precision)
+    def write_tokenizer(self) -> None:
+        write_codec(self.model, self.config, self.folder, self.half_precision)
 
     def _quantize(self, latents_BDt: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the levels' codes, straight through, and the commitment loss; the codebooks follow the latents."""

@@ -5,17 +5,23 @@ Shape suffixes: C channels, H rows, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from multidiff.files import check_file, write_bytes
 from multidiff.tokenizer import ItemError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode by number of channels
+_DETOURS = {"LAB": "RGB", "La": "LA"}  # modes of which Pillow makes others by way of these only
 MOST_PIXELS = 2**26  # of a file: 8,192 × 8,192
 
 
@@ -23,33 +29,73 @@ def read_picture(path: Path) -> Image.Image:
     """The picture in a file, the first of several, turned upright as its EXIF tag says, otherwise as it is.
 
     Raises:
-        ItemError: no such file, not a whole picture, or one of more than `MOST_PIXELS`, which a file of some hundred
-            bytes can claim to be; names the file.
+        ItemError: no such file, not a whole picture, one that `convert` cannot take, or one of more than `MOST_PIXELS`,
+            which a file of some hundred bytes can claim to be; names the file.
     """
-    if not path.is_file():
-        raise ItemError(f"{path}: no such picture; a relative path counts from the folder of metadata.jsonl")
+    with _opened(path) as picture:
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+    with naming(path):
+        _check_mode(upright)
+    return upright
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) of what `read_picture` gives, from the beginning of the file.
+
+    Raises:
+        ItemError: as `read_picture`, except that what follows may be damaged.
+    """
+    with _opened(path) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        width, height = picture.size
+        return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of its file into what is said of a picture."""
     try:
-        with Image.open(path) as picture:
+        yield
+    except ItemError as error:
+        raise ItemError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        check_file(path)
+    except ValueError as error:
+        raise ItemError(f"{error}; a relative path counts from the folder of metadata.jsonl") from None
+    try:
+        with Image.open(path, formats=_formats()) as picture:
             if picture.width * picture.height > MOST_PIXELS:  # known before anything is unpacked
                 raise ItemError(
                     f"{path} has {picture.width:,} × {picture.height:,} pixels, and at most {MOST_PIXELS:,} are read; "
                     "scale it down"
                 )
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+            yield picture
     except ItemError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit is higher
         raise ItemError(f"{path} has more than the {MOST_PIXELS:,} pixels that are read; scale it down") from None
     except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
-        raise ItemError(f"{path} is not a readable picture ({error}); replace the file or drop its line") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ItemError(f"{path} is not a readable picture ({reason}); replace the file or drop its line") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that Pillow reads, except PostScript: Pillow runs Ghostscript on it."""
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - {"EPS"}))
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG file, whole or not at all."""
-    beside = path.with_name(path.name + ".partial")
-    picture.save(beside, "PNG")
-    beside.replace(path)
+    content = BytesIO()
+    picture.save(content, "PNG")
+    write_bytes(path, content.getvalue())
 
 
 def convert(picture: Any, mode: str) -> Image.Image:
@@ -64,14 +110,23 @@ def convert(picture: Any, mode: str) -> Image.Image:
     """
     if not isinstance(picture, Image.Image):
         raise ItemError(f"expected a PIL.Image, not {type(picture).__name__}: {str(picture)[:40]!r}")
-    if picture.mode in ("I", "F"):
-        raise ItemError(f"a picture of mode {picture.mode!r} has no agreed white; scale it to 8 bits first")
+    _check_mode(picture)
     if picture.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255 to white
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        deep = np.asarray(picture)
+        shallow = (deep >> 8).astype(np.uint8)
+        clear = picture.info.get("transparency")  # a shade of grey that a PNG declares transparent
+        picture = Image.fromarray(shallow if clear is None else np.where(deep == clear, np.uint8(255), shallow))
+    if picture.mode in _DETOURS:
+        picture = picture.convert(_DETOURS[picture.mode])
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _check_mode(picture: Image.Image) -> None:
+    if picture.mode in ("I", "F"):
+        raise ItemError(f"a picture of mode {picture.mode!r} has no agreed white; scale it to 8 bits first")
 
 
 def to_pixels(picture: Image.Image) -> Tensor:

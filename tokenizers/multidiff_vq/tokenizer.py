@@ -11,27 +11,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from multidiff.batching import map_batches
+from multidiff.files import read_bytes, read_json, write_bytes, write_json
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
-from multidiff_vq.folder import read_json, read_model, write_json, write_model
+from multidiff_vq.folder import read_model, write_model
 from multidiff_vq.pictures import (
     MODES,
     convert,
     from_pixels,
     from_signal,
+    naming,
     read_picture,
     to_pixels,
     to_signal,
     write_picture,
 )
+from multidiff_vq.resize import RESIZES, Resize, Resizer, misfit
 
 SETTINGS = "vq_tokenizer.json"
 CARD = "README.md"
@@ -40,32 +44,46 @@ _PIXELS_AT_ONCE = (64 * 32 * 32, 1024 * 32 * 32)  # on a CPU, whose caches are s
 
 
 class VQTokenizer(ModalityTokenizer):
-    """Pictures of any height and width that fit the model's stride, grey or RGB as the model is.
+    """Pictures of any height and width, grey or RGB as the model is.
 
     Pictures of another mode are converted: colour to grey by ITU-R 601 luma, grey to RGB by repetition, 16 bits to 8;
-    what is transparent shows white behind it.
+    what is transparent shows white behind it. Pictures of another size are resized first where `resize` says how.
 
     Args:
         weights: a preset that comes with the package ("digits": grey, 16 codes for 32×32 pixels; "openmoji": RGB, 64
             codes), or a folder with any `VQModel` of diffusers, or one that `save` wrote.
         height, width: pixels of `canvas()` without arguments; by default what the folder says: our own settings, else
             the model's `sample_size`.
+        resize: what happens to a picture that is encoded (`multidiff_vq.resize.Resizer` has the details):
+
+            - `None`: its height and width must fit the stride; it gets a code for each stride×stride pixels;
+            - "crop": it is scaled to cover the default canvas, and the middle is kept;
+            - "pad": it is scaled to fit inside the default canvas, in the middle, on white;
+            - "fit": it keeps its shape, at most as many codes as the default canvas has;
+            - "saved", the default: as the folder says, which for a trained tokenizer is as it was trained; `None` where
+              it says nothing.
 
     Raises:
-        ValueError: a bad folder or size; names it.
+        ValueError: a bad folder, size or resize; names it.
     """
 
     modality = "image"
     variable_length: ClassVar[bool] = False
 
-    def __init__(self, weights: str = "digits", height: int | None = None, width: int | None = None):
+    def __init__(
+        self,
+        weights: str = "digits",
+        height: int | None = None,
+        width: int | None = None,
+        resize: Resize | Literal["saved"] | None = "saved",
+    ):
         presets = sorted(preset.name for preset in _PRESETS.iterdir() if preset.is_dir())
         folder = _PRESETS / weights if weights in presets else Path(weights)
         if not folder.is_dir():
             raise ValueError(f"{weights!r} is neither a folder with a VQModel nor a preset ({', '.join(presets)})")
         self.model = read_model(folder)
         card = folder / CARD
-        self._card = card.read_bytes() if card.is_file() else None  # says whose the weights are
+        self._card = read_bytes(card) if card.exists() else None  # says whose the weights are
         config = self.model.config
         if config["in_channels"] not in MODES or config["out_channels"] != config["in_channels"]:
             raise ValueError(
@@ -77,27 +95,23 @@ class VQTokenizer(ModalityTokenizer):
         self.mode = MODES[config["in_channels"]]
         self.stride = 2 ** (len(config["block_out_channels"]) - 1)
         self.codebook_sizes = (int(config["num_vq_embeddings"]),)
-        usual = {"height": config["sample_size"], "width": config["sample_size"]}
-        if (folder / SETTINGS).is_file():
+        usual = {"height": config["sample_size"], "width": config["sample_size"], "resize": None}
+        if (folder / SETTINGS).exists():
             usual = read_settings(folder)
         self.height = usual["height"] if height is None else height
         self.width = usual["width"] if width is None else width
-        if misfit := self._misfit(self.height, self.width):
-            raise ValueError(f"{folder}: the default canvas {misfit}; pass height and width")
+        if problem := misfit(self.height, self.width, self.stride):
+            raise ValueError(f"{folder}: the default canvas {problem}; pass height and width")
+        self.resizer = Resizer(usual["resize"] if resize == "saved" else resize, self.height, self.width, self.stride)
 
     @torch.no_grad()
     def encode(self, items: list[Any]) -> list[Codes]:
         """Pictures (`PIL.Image`) to codes.
 
         Raises:
-            ItemError: no picture, or one whose size does not fit the stride.
+            ItemError: no picture, one whose size does not fit the stride, or one that cannot be resized.
         """
-        pictures = []
-        for item in items:
-            picture = convert(item, self.mode)
-            if misfit := self._misfit(picture.height, picture.width):
-                raise ItemError(f"a picture {misfit}; crop, pad or resize it")
-            pictures.append(to_pixels(picture))
+        pictures = [to_pixels(self.prepared(item)) for item in items]
         all_codes = []
         for pixels_CHW, ids_hw in zip(pictures, self._mapped(self.ids_of, pictures, 1), strict=True):
             codes = self.canvas(height=pixels_CHW.shape[1], width=pixels_CHW.shape[2])
@@ -128,26 +142,42 @@ class VQTokenizer(ModalityTokenizer):
             "height": self.height if height is None else height,
             "width": self.width if width is None else width,
         }
-        if misfit := self._misfit(**size):
-            raise ValueError(f"a canvas {misfit}")
+        if problem := misfit(size["height"], size["width"], self.stride):
+            raise ValueError(f"a canvas {problem}")
         coords_N3 = _places(size["height"] // self.stride, size["width"] // self.stride).clone()
         ids_N = torch.zeros(len(coords_N3), dtype=torch.int64)
         return Codes(ids_N, torch.zeros_like(ids_N), coords_N3, size)
 
     def read(self, value: Any, folder: Path) -> Image.Image:
-        """The picture in a file, of any format that Pillow reads."""
+        """The picture in a file, of any format that Pillow reads without another program, at its own size.
+
+        Raises:
+            ItemError: no picture that `encode` takes; names the file.
+        """
         if not isinstance(value, str):
             raise ItemError(f"a picture is named by the path of its file, not by {value!r}")
-        return read_picture(Path(folder) / value)
+        path = Path(folder) / value
+        picture = read_picture(path)
+        with naming(path):
+            self.resizer.size_of(picture.height, picture.width)
+        return picture
+
+    def prepared(self, item: Any) -> Image.Image:
+        """The picture that is encoded: grey or RGB, and resized.
+
+        Raises:
+            ItemError: as `encode` has it.
+        """
+        return self.resizer(convert(item, self.mode))
 
     def write(self, item: Any, stem: Path) -> Path:
-        """Write the picture as the tokenizer sees it, a PNG."""
+        """Write the picture in the tokenizer's mode and its own size, a PNG."""
         path = stem.with_name(stem.name + ".png")
         write_picture(convert(item, self.mode), path)
         return path
 
     def preview(self, item: Any) -> Image.Image:
-        """The picture as the tokenizer sees it: grey or RGB."""
+        """The picture in the tokenizer's mode and its own size."""
         return convert(item, self.mode)
 
     def examples(self) -> list[Image.Image]:
@@ -161,9 +191,14 @@ class VQTokenizer(ModalityTokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the model's configuration, and names, shapes and values of its weights."""
+        """SHA-256 over the model's configuration, names, shapes and values of its weights, and how it resizes."""
         config = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        if self.resizer.resize is not None:
+            # A code stands for the same patch whatever is resized, but a file gets other codes: shards made with one
+            # resize are not those of another, and a model that has seen whole pictures has not seen their middles.
+            # Without resizing the canvas decides no code.
+            digest.update(json.dumps(asdict(self.resizer), sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {list(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -172,9 +207,9 @@ class VQTokenizer(ModalityTokenizer):
     def save(self, folder: Path) -> None:
         """Write a folder that plain diffusers opens too, with our settings and the weights' card beside the model."""
         write_model(self.model, folder)
-        write_settings(folder, self.height, self.width)
+        write_settings(folder, self.resizer)
         if self._card is not None:
-            (folder / CARD).write_bytes(self._card)
+            write_bytes(folder / CARD, self._card)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -206,24 +241,6 @@ class VQTokenizer(ModalityTokenizer):
         most = _PIXELS_AT_ONCE[device.type != "cpu"] // pixels_each
         return map_batches(function, inputs, lambda shape: most // (shape[-2] * shape[-1]), device)
 
-    def _misfit(self, height: Any, width: Any) -> str | None:
-        """What is wrong with a size, and the nearest that fit; None where it fits."""
-        if any(type(side) is not int or side < 1 for side in (height, width)):
-            return f"of height {height!r} and width {width!r} is none: both are whole pixels, at least {self.stride}"
-        if height % self.stride == 0 and width % self.stride == 0:
-            return None
-        tall, wide = (
-            " or ".join(
-                str(fit)
-                for fit in sorted({side // self.stride * self.stride, -(-side // self.stride) * self.stride} - {0})
-            )
-            for side in (height, width)
-        )
-        return (
-            f"of height {height} and width {width} pixels does not fit the stride of {self.stride}; "
-            f"the nearest that fit: height {tall}, width {wide}"
-        )
-
 
 @lru_cache(maxsize=64)
 def _places(rows: int, columns: int) -> Tensor:
@@ -231,14 +248,22 @@ def _places(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns))
 
 
-def read_settings(folder: Path) -> dict[str, int]:
-    """Our own settings in a saved folder: {"height": pixels, "width": pixels} of the default canvas."""
-    settings = read_json(folder / SETTINGS)
-    if settings.keys() != {"height", "width"}:
-        raise ValueError(f"{folder / SETTINGS} must hold height and width, not {', '.join(settings) or 'nothing'}")
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Our own settings in a saved folder: "height" and "width", pixels of the default canvas, and "resize".
+
+    Raises:
+        ValueError: they are missing, damaged or hold something else; names the file.
+    """
+    path = folder / SETTINGS
+    settings = {"resize": None, **read_json(path)}  # version 0.1 wrote no "resize"
+    if settings.keys() != {"height", "width", "resize"}:
+        raise ValueError(f"{path} must hold height and width, and may hold resize; found {', '.join(settings):.200}")
+    if settings["resize"] not in (None, *RESIZES):
+        raise ValueError(f"{path}: resize must be null, {', '.join(RESIZES)}, not {settings['resize']!r:.80}")
     return settings
 
 
-def write_settings(folder: Path, height: int, width: int) -> None:
+def write_settings(folder: Path, resizer: Resizer) -> None:
     """Write what `read_settings` reads."""
-    write_json({"height": height, "width": width}, folder / SETTINGS)
+    settings = {"height": resizer.height, "width": resizer.width, "resize": resizer.resize}
+    write_json(folder / SETTINGS, settings)

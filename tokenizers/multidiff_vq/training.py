@@ -18,31 +18,28 @@ V codes, D latent width.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vq_model import VQModel
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from multidiff.data.folder import read_metadata
-from multidiff.data.module import ShuffledBatches
 from multidiff.seeding import generator_for
 from multidiff_autoencoder.adversary import adaptive_weight, adversarial_loss, frozen, hinge_loss
 from multidiff_autoencoder.codebook import Codebook, usage
 from multidiff_autoencoder.training import AutoencoderTraining
+from multidiff_vq.data import PictureData
 from multidiff_vq.folder import write_model
 from multidiff_vq.losses import PatchDiscriminator, PerceptualLoss, gradient_loss
-from multidiff_vq.pictures import MODES, convert, read_picture, to_pixels, to_signal
+from multidiff_vq.pictures import to_signal
 from multidiff_vq.presets import PRESETS
 from multidiff_vq.quantizers import Quantizer, codebook_arguments, fixed_quantizer, quantize
+from multidiff_vq.resize import Resizer
 from multidiff_vq.tokenizer import write_settings
+
+__all__ = ["PictureData", "VQTraining"]
 
 _SHIFTS, _CODES = 0, 1  # what a generator is for
 
@@ -50,9 +47,11 @@ _SHIFTS, _CODES = 0, 1  # what a generator is for
 class VQTraining(AutoencoderTraining):
     """Trains a `VQModel` and, at the end, writes a folder that `VQTokenizer` and plain diffusers open.
 
-    Logged under `train/` and `val/`: loss and its parts; `codebook_usage`, the share of codes in use, and
-    `codebook_perplexity`, exp of the entropy of their use (V at best); on the validation pictures also PSNR (dB, mean
-    over pictures) and, in TensorBoard, originals above their reconstructions.
+    Logged under `train/`: loss and its parts; under `train/`, `val/` and `test/`: `codebook_usage`, the share of codes
+    in use, and `codebook_perplexity`, exp of the entropy of their use (V at best); under the latter two PSNR (dB, mean
+    over pictures) and, in TensorBoard, originals of the validation split above their reconstructions.
+
+    The pictures of `PictureData` have the preset's channels and size.
 
     Args:
         preset: a size from `multidiff_vq.presets`: digits-32, grey-32, rgb-32, rgb-64, rgb-128, rgb-256, rgb-512.
@@ -77,7 +76,7 @@ class VQTraining(AutoencoderTraining):
     model: VQModel
     count_V: Tensor
     sum_VD: Tensor
-    validation_count_V: Tensor
+    evaluated_count_V: Tensor
     picture_size_2: Tensor
 
     def __init__(
@@ -109,6 +108,7 @@ class VQTraining(AutoencoderTraining):
         except TypeError as error:
             raise ValueError(f"settings of size {preset!r}: {error}") from None
         self.model.quantize.embedding.weight.requires_grad_(False)
+        self.preset = preset
         self.quantizer, self.fixed = quantizer, fixed_quantizer(quantizer, self.model, levels)
         self.l1, self.gradient, self.perceptual = l1, gradient, perceptual
         self.rate, self.entropy = rate, entropy
@@ -118,13 +118,29 @@ class VQTraining(AutoencoderTraining):
         # Moving averages: how many latents of a batch chose each code, and their sum.
         self.register_buffer("count_V", torch.zeros(len(self.model.quantize.embedding.weight)))
         self.register_buffer("sum_VD", torch.zeros_like(self.model.quantize.embedding.weight))
-        self.register_buffer("validation_count_V", torch.zeros_like(self.count_V), persistent=False)
+        self.register_buffer("evaluated_count_V", torch.zeros_like(self.count_V), persistent=False)
         self.register_buffer("picture_size_2", torch.zeros(2, dtype=torch.int64))  # height, width
 
     @property
     def codebook(self) -> Codebook:
         """The model's codes, with their moving averages."""
         return Codebook(self.model.quantize.embedding.weight, self.count_V, self.sum_VD)
+
+    @property
+    def started(self) -> bool:
+        return self.codebook.started
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a code, down and across."""
+        return 2 ** (len(self.model.config["block_out_channels"]) - 1)
+
+    def setup(self, stage: str) -> None:
+        """Tell the data what the model takes."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, PictureData):
+            config = self.model.config
+            data.suit(self.preset, config["in_channels"], config["sample_size"], self.stride)
 
     def on_fit_start(self) -> None:
         if self.quantizer == "lfq" and self.trainer.world_size > 1:
@@ -134,8 +150,8 @@ class VQTraining(AutoencoderTraining):
     def training_step(self, pixels_BCHW: Tensor, batch_idx: int) -> Tensor:
         if pixels_BCHW.shape[1] != self.model.config["in_channels"]:
             raise ValueError(
-                f"pictures have {pixels_BCHW.shape[1]} channels, the model {self.model.config['in_channels']}: set "
-                "data.init_args.channels, or take another preset"
+                f"pictures have {pixels_BCHW.shape[1]} channels, the model {self.model.config['in_channels']}; take "
+                "another preset"
             )
         self.picture_size_2.copy_(torch.tensor(pixels_BCHW.shape[2:]))
         generator = generator_for(self.seed, _SHIFTS, self.global_step, self.global_rank)
@@ -159,26 +175,43 @@ class VQTraining(AutoencoderTraining):
         return loss
 
     def validation_step(self, pixels_BCHW: Tensor, batch_idx: int) -> None:
+        self._evaluate("val", pixels_BCHW, show=batch_idx == 0)
+
+    def test_step(self, pixels_BCHW: Tensor, batch_idx: int) -> None:
+        self._evaluate("test", pixels_BCHW)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluated_codebook("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluated_codebook("test")
+
+    def write_tokenizer(self) -> None:
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, PictureData):
+            resizer = data.resizer
+        else:  # other data brings pictures of its own size
+            height, width = self.picture_size_2.tolist()
+            resizer = Resizer(None, height, width, self.stride)
+        write_model(self.model, self.folder, self.half_precision)
+        write_settings(self.folder, resizer)
+
+    def _evaluate(self, stage: str, pixels_BCHW: Tensor, show: bool = False) -> None:
         signal_BCHW = to_signal(pixels_BCHW)
         quantized_BDhw, _, (_, _, ids) = self.model.quantize(self.model.encode(signal_BCHW).latents)
         restored_BCHW = self._restore(quantized_BDhw).clamp(-1, 1)
         error_B = (restored_BCHW - signal_BCHW).square().mean((1, 2, 3)) / 4
         psnr = (-10 * error_B.clamp_min(1e-10).log10()).mean()
-        self.log("val/psnr", psnr, prog_bar=True, batch_size=len(pixels_BCHW), sync_dist=True)
-        self.validation_count_V += torch.bincount(ids.flatten(), minlength=len(self.validation_count_V))
-        if batch_idx == 0 and isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero:
+        self.log(f"{stage}/psnr", psnr, prog_bar=True, batch_size=len(pixels_BCHW), sync_dist=True)
+        self.evaluated_count_V += torch.bincount(ids.flatten(), minlength=len(self.evaluated_count_V))
+        if show and isinstance(self.logger, TensorBoardLogger) and self.trainer.is_global_zero:
             pairs_BCHW = torch.cat([signal_BCHW[:16], restored_BCHW[:16]], dim=2)  # one above the other
             strip_CHW = torch.cat(list((pairs_BCHW + 1) / 2), dim=2)
             self.logger.experiment.add_image("reconstructions", strip_CHW, self.global_step)
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_codebook("val", self.trainer.strategy.reduce(self.validation_count_V, reduce_op="sum"))
-        self.validation_count_V.zero_()
-
-    def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
-            write_model(self.model, self.folder, self.half_precision)
-            write_settings(self.folder, *self.picture_size_2.tolist())
+    def _log_evaluated_codebook(self, stage: str) -> None:
+        self._log_codebook(stage, self.trainer.strategy.reduce(self.evaluated_count_V, reduce_op="sum"))
+        self.evaluated_count_V.zero_()
 
     def _restore(self, quantized_BDhw: Tensor) -> Tensor:
         guide = quantized_BDhw if self.model.config["norm_type"] == "spatial" else None
@@ -227,80 +260,6 @@ class VQTraining(AutoencoderTraining):
     def _log_codebook(self, stage: str, count_V: Tensor, above: float = 0.0) -> None:
         used, perplexity = usage(count_V, above)
         self.log_dict({f"{stage}/codebook_usage": used, f"{stage}/codebook_perplexity": perplexity})
-
-
-class PictureData(LightningDataModule):
-    """The pictures that a data folder's `metadata.jsonl` names, each once, as uint8 [B, C, H, W].
-
-    Files are read as `VQTokenizer.read` does; pictures of another size are scaled and cropped at the centre.
-
-    Args:
-        folder: the data folder.
-        name: the name under which its segments hold pictures.
-        channels: 1 for grey, 3 for RGB.
-        height, width: pixels.
-        batch_size: pictures of a batch, on each device.
-        num_workers: processes that read ahead.
-        seed: decides the order, together with the epoch.
-
-    Raises:
-        ValueError: the folder names no picture for training or validation, or one cannot be read; names it.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        name: str = "image",
-        channels: int = 1,
-        height: int = 32,
-        width: int = 32,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-    ):
-        super().__init__()
-        if channels not in MODES:
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
-        self.folder, self.name, self.mode = Path(folder), name, MODES[channels]
-        self.height, self.width = height, width
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-
-    def train_dataloader(self) -> StatefulDataLoader:
-        pictures = self._pictures("train")
-        batches = ShuffledBatches(len(pictures), self.batch_size, self.seed, *self._rank())
-        return self._loader(pictures, batches)
-
-    def val_dataloader(self) -> StatefulDataLoader:
-        pictures, (rank, ranks) = self._pictures("validation"), self._rank()
-        keys = [(0, index) for index in range(rank, len(pictures), ranks)]
-        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
-        return self._loader(pictures, batches)
-
-    def _loader(self, pictures: Dataset, batches: Any) -> StatefulDataLoader:
-        alone = torch.Generator()  # leaves the global one alone
-        return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
-
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _pictures(self, split: str) -> _Pictures:
-        records = read_metadata(self.folder, [split])
-        values = dict.fromkeys(value for record in records for name, value in record.segments if name == self.name)
-        if not values:
-            raise ValueError(f"{self.folder}/metadata.jsonl: no {self.name!r} in any document of split {split}")
-        return _Pictures([self.folder / value for value in values], self.mode, (self.width, self.height))
-
-
-class _Pictures(Dataset[Tensor]):
-    def __init__(self, paths: list[Path], mode: str, size: tuple[int, int]):
-        self.paths, self.mode, self.size = paths, mode, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        _, index = key  # the epoch makes no difference here
-        return to_pixels(ImageOps.fit(convert(read_picture(self.paths[index]), self.mode), self.size))
 
 
 def _entropy_by_place(latents_BDhw: Tensor, codebook_VD: Tensor) -> Tensor:

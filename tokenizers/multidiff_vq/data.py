@@ -1,0 +1,210 @@
+"""Pictures of a data folder in batches of one size each, for training a `VQModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from multidiff.data.folder import read_metadata
+from multidiff.data.module import ShuffledBatches
+from multidiff.seeding import generator_for
+from multidiff.tokenizer import ItemError
+from multidiff_vq.pictures import MODES, convert, naming, read_picture, read_size, to_pixels
+from multidiff_vq.resize import Resize, Resizer, misfit
+
+
+class PictureData(LightningDataModule):
+    """The pictures that a data folder's `metadata.jsonl` names, each once, as uint8 [B, C, H, W].
+
+    Files are read and resized as `VQTokenizer` does it, so that the trained tokenizer takes the same files.
+
+    Args:
+        folder: the data folder.
+        name: the name under which its segments hold pictures.
+        channels: 1 for grey, 3 for RGB; by default those of the model that is trained.
+        height, width: pixels; by default the model's `sample_size`.
+        batch_size: pictures of a batch, on each device.
+        num_workers: processes that read ahead.
+        seed: decides the order, together with the epoch.
+        resize: what happens to a picture of another size, as `VQTokenizer` has it: "crop", "pad", "fit" (each batch is
+            then of pictures of one size), or `None`, which refuses it.
+
+    Raises:
+        ValueError: the folder names no picture for training or validation, one cannot be read, or the size is not one
+            of the model; names it.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        name: str = "image",
+        channels: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        resize: Resize | None = "crop",
+    ):
+        super().__init__()
+        if channels not in (None, *MODES):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+        self.folder, self.name, self.channels = Path(folder), name, channels
+        self.height, self.width = height, width
+        self.resize: Resize | None = resize
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._suited: tuple[str, Resizer] | None = None
+        if channels is not None and height is not None and width is not None:
+            self._suited = MODES[channels], Resizer(resize, height, width, 1)
+
+    def suit(self, preset: str, channels: int, side: int, stride: int) -> None:
+        """Take from the model that is trained what the configuration of the data leaves open.
+
+        Args:
+            preset: the model's name, for errors.
+            channels: of the model.
+            side: pixels of its pictures; of those that are not square, of the longer side.
+            stride: pixels of a code.
+
+        Raises:
+            ValueError: the configuration of the data says something else.
+        """
+        if self.channels not in (None, channels):
+            raise ValueError(
+                f"PictureData has channels: {self.channels}, and preset {preset!r} has {channels}: leave channels out, "
+                "or take another preset"
+            )
+        height = side if self.height is None else self.height
+        width = side if self.width is None else self.width
+        if max(height, width) != side:
+            raise ValueError(
+                f"PictureData has height {height} and width {width}, and preset {preset!r} trains on pictures whose "
+                f"longer side has {side} pixels: leave height and width out, or set sample_size in the model's settings"
+            )
+        if problem := misfit(height, width, stride):
+            raise ValueError(f"preset {preset!r}: a picture {problem}")
+        self._suited = MODES[channels], Resizer(self.resize, height, width, stride)
+
+    @property
+    def resizer(self) -> Resizer:
+        """How pictures get their size."""
+        return self._suit[1]
+
+    @property
+    def _suit(self) -> tuple[str, Resizer]:
+        if self._suited is None:
+            raise ValueError("PictureData takes what is not set from VQTraining: give both to the trainer")
+        return self._suited
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        pictures, rank = self._pictures("train"), self._rank()
+        if self.resize == "fit":
+            batches = _BatchesBySize(pictures.by_size(), self.batch_size, self.seed, *rank)
+        else:
+            batches = ShuffledBatches(len(pictures), self.batch_size, self.seed, *rank)
+        return self._loader(pictures, batches)
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        return self._evaluation("test")
+
+    def _evaluation(self, split: str) -> StatefulDataLoader:
+        pictures, (rank, ranks) = self._pictures(split), self._rank()
+        groups = pictures.by_size() if self.resize == "fit" else [list(range(len(pictures)))]
+        mine = [[(0, index) for index in group[rank::ranks]] for group in groups]
+        size = self.batch_size
+        batches = [keys[start : start + size] for keys in mine for start in range(0, len(keys), size)]
+        return self._loader(pictures, batches)
+
+    def _loader(self, pictures: Dataset, batches: Any) -> StatefulDataLoader:
+        alone = torch.Generator()  # leaves the global one alone
+        return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _pictures(self, split: str) -> _Pictures:
+        records = read_metadata(self.folder, [split])
+        values = dict.fromkeys(value for record in records for name, value in record.segments if name == self.name)
+        if not values:
+            raise ValueError(f"{self.folder}/metadata.jsonl: no {self.name!r} in any document of split {split}")
+        return _Pictures([self.folder / value for value in values], *self._suit)
+
+
+class _Pictures(Dataset[Tensor]):
+    def __init__(self, paths: list[Path], mode: str, resizer: Resizer):
+        self.paths, self.mode, self.resizer = paths, mode, resizer
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        path = self.paths[key[1]]  # the epoch makes no difference here
+        picture = read_picture(path)
+        with naming(path):
+            resized = self.resizer(convert(picture, self.mode))
+            if self.resizer.resize is None and (resized.height, resized.width) != (
+                self.resizer.height,
+                self.resizer.width,
+            ):
+                raise ItemError(
+                    f"the picture has height {resized.height} and width {resized.width}, and training has "
+                    f"{self.resizer.height} and {self.resizer.width}: set resize: crop (or pad, or fit) in the data's "
+                    "init_args"
+                )
+        return to_pixels(resized)
+
+    def by_size(self) -> list[list[int]]:
+        """Indices of the pictures that get the same size."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, path in enumerate(self.paths):
+            height, width = read_size(path)
+            with naming(path):
+                groups.setdefault(self.resizer.size_of(height, width), []).append(index)
+        return list(groups.values())
+
+
+class _BatchesBySize(Sampler[list[tuple[int, int]]]):
+    """(epoch, index) of each batch: as `ShuffledBatches`, but each is of one group, on all ranks of the same.
+
+    What does not fill a batch of its group makes a smaller one; fewer pictures than ranks are left to other epochs.
+    """
+
+    def __init__(self, groups: list[list[int]], batch_size: int, seed: int, rank: int, ranks: int):
+        self.groups, self.batch_size, self.seed, self.rank, self.ranks = groups, batch_size, seed, rank, ranks
+        self.epoch, self.batch = -1, 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return sum(-(-(len(group) // self.ranks) // self.batch_size) for group in self.groups)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if not (self._resumed and self.batch < len(self)):
+            self.epoch, self.batch = self.epoch + 1, 0
+        self._resumed = False
+        generator, batches = generator_for(self.seed, self.epoch), []
+        for group in self.groups:
+            each = len(group) // self.ranks
+            order = torch.randperm(len(group), generator=generator).tolist()[self.rank * each : (self.rank + 1) * each]
+            keys = [(self.epoch, group[place]) for place in order]
+            batches += [keys[start : start + self.batch_size] for start in range(0, each, self.batch_size)]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        while self.batch < len(self):
+            self.batch += 1
+            yield batches[shuffled[self.batch - 1]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self._resumed = True
