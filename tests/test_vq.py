@@ -479,4 +479,4 @@ def test_training_data_errors_name_the_folder_or_the_file(data_folder, tmp_path)
         PictureData(str(data_folder), channels=2)
     (tmp_path / "metadata.jsonl").write_text('{"segments": [{"image": "lost.png"}]}')
     with pytest.raises(ItemError, match=r"lost\.png"):
-        next(iter(PictureData(str(tmp_path)).train_dataloader()))
+        next(iter(PictureData(str(tmp_path), channels=1, height=32, width=32).train_dataloader()))

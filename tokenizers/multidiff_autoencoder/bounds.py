@@ -22,7 +22,7 @@ def check_counts(settings: Mapping[str, Any], counts: Collection[str], tensors: 
         path: the configuration's, for the error.
     """
     for name, value in settings.items():
-        parts = value if name in counts else len(value) if isinstance(value, list) else 0
+        parts = value if name in counts else len(value) if isinstance(value, list | tuple) else 0
         if isinstance(parts, int | float) and not parts <= tensors:
             what = "" if name in counts else "the length of "
             raise ValueError(

@@ -6,7 +6,7 @@ runs no code from the folder, uses no network and leaves the global random state
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from multidiff_autoencoder.bounds import MOST_SAMPLE_RATE, check_counts
 from multidiff_codec.models import CODECS, Codec
 from multidiff_sound.folder import CONFIG, WEIGHTS, read_json, read_weights
 
+_COUNTS = (
+    "n_codebooks",
+    "num_hidden_layers",
+    "num_lstm_layers",
+    "num_quantizers",
+    "num_residual_layers",
+    "num_semantic_quantizers",
+)
 # On their word transformers would fetch or import more.
 _UNTRUSTED = ("attn_implementation", "_attn_implementation", "quantization_config")
 
@@ -39,17 +48,16 @@ def read_codec(folder: Path) -> tuple[Codec, dict[str, Any], dict[str, Tensor]]:
     tensors = read_weights(folder / WEIGHTS)
     codec_class = CODECS[settings["model_type"]]
     model_class = codec_class.model_class
+    trusted = {name: value for name, value in settings.items() if name not in _UNTRUSTED}
+    check_counts(trusted, _COUNTS, len(tensors), folder / CONFIG)
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
-            config = model_class.config_class.from_dict(
-                {name: value for name, value in settings.items() if name not in _UNTRUSTED}
-            )
+            config = model_class.config_class.from_dict(trusted)
+            _check_size(model_class, config, tensors)
             model, report = model_class.from_pretrained(
                 None, config=config, state_dict=dict(tensors), dtype=torch.float32, ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )  # fmt: skip
-            if config.sampling_rate < 1:
-                raise ValueError(f"sampling_rate is {config.sampling_rate}")
             codec = codec_class(model.eval().requires_grad_(False))
     except Exception as error:  # whatever a wrong type or number runs into
         raise ValueError(
@@ -76,6 +84,19 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
         )
     if settings.get("chunk_length_s") is not None:
         raise ValueError(f"{path}: chunk_length_s makes codes of overlapping chunks; use a model that has none")
+
+
+def _check_size(model_class: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a model that is built in more memory or parts than its file is for; transformers would go ahead."""
+    if not 1 <= config.sampling_rate <= MOST_SAMPLE_RATE:
+        raise ValueError(f"sampling_rate is {config.sampling_rate}; it must lie in 1 … {MOST_SAMPLE_RATE}")
+    # EnCodec's follows from its rates and bandwidths.
+    check_counts({"num_quantizers": getattr(config, "num_quantizers", 0)}, _COUNTS, len(tensors), Path(CONFIG))
+    with torch.device("meta"):
+        wanted = sum(tensor.numel() for tensor in model_class(config).state_dict().values())
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if wanted > 2 * held + 1_000_000:  # statistics and masks that some files leave out are a small part
+        raise ValueError(f"it describes a model of {wanted:,} numbers, and {WEIGHTS} beside it holds {held:,}")
 
 
 def _check_report(report: dict[str, Any], path: Path) -> None:

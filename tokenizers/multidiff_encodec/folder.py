@@ -6,7 +6,7 @@ Every name and shape is compared before anything is loaded. Reading runs no code
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from encodec.model import EncodecModel
 from torch import Tensor
 
 from multidiff.files import check_finite
+from multidiff_autoencoder.bounds import check_counts
 from multidiff_encodec.model import PRESETS, CodecConfig, build_model, codebooks_of, mark_started
 from multidiff_sound.folder import CONFIG, WEIGHTS, read_json, read_weights, write_folder
 
@@ -73,19 +74,22 @@ def read_codec(path: Path) -> tuple[EncodecModel, CodecConfig]:
         ValueError: a file is missing, truncated, of another model, or unlike its configuration; the message names it.
     """
     if path.is_file():
-        config, file = PRESETS["meta-24khz"], path
-        model, state = build_model(config), _read_checkpoint(path)
+        config, file, state = PRESETS["meta-24khz"], path, _read_checkpoint(path)
+        shapes = _shapes_of(config, path)
     else:
         file = path / WEIGHTS
         settings, state = read_json(path / CONFIG), read_weights(file)
         if "model_type" in settings:
             config = _config_of_transformers(settings, state, path / CONFIG)
-            model = build_model(config)
-            state = _renamed(state, model)
         else:
             config = _config_of_ours(settings, path / CONFIG)
-            model = build_model(config)
-    _load(model, state, file)
+        check_counts(asdict(config), ["codebooks", "residual_layers", "lstm_layers"], len(state), path / CONFIG)
+        shapes = _shapes_of(config, path / CONFIG)
+        if "model_type" in settings:
+            state = _renamed(state, shapes)
+    _check(shapes, state, file)
+    model = build_model(config)
+    _load(model, state)
     return model, config
 
 
@@ -98,9 +102,28 @@ def keep_codebooks(model: EncodecModel, config: CodecConfig, count: int) -> Code
     return replace(config, codebooks=count)
 
 
-def _load(model: EncodecModel, state: Mapping[str, Tensor], file: Path) -> None:
-    wanted = inference_state(model)
-    found = {name: tensor for name, tensor in state.items() if not name.endswith(_STATISTICS)}
+def _shapes_of(config: CodecConfig, path: Path) -> dict[str, torch.Size]:
+    """Of the model's weights; no memory goes into numbers that no file backs."""
+    try:
+        with torch.device("meta"):
+            return _shapes(build_model(config))
+    except Exception as error:  # whatever a number that is too large runs into
+        raise ValueError(
+            f"{path}: EncodecModel cannot be built from it: {' '.join(str(error).split()):.200}"
+        ) from error
+
+
+def _load(model: EncodecModel, state: Mapping[str, Tensor]) -> None:
+    kept = {name: state[name].float() for name in _shapes(model)}
+    model.load_state_dict(kept, strict=False)
+    mark_started(model.quantizer)
+    for book in codebooks_of(model.quantizer):
+        book.count_V.fill_(1.0)
+        book.sum_VD.copy_(book.codes_VD)
+
+
+def _check(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor], file: Path) -> None:
+    found = {name: tensor.shape for name, tensor in state.items() if not name.endswith(_STATISTICS)}
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unexpected:
         examples = [f"no {name}" for name in missing[:2]] + [f"{name} unexpected" for name in unexpected[:2]]
@@ -108,16 +131,13 @@ def _load(model: EncodecModel, state: Mapping[str, Tensor], file: Path) -> None:
             f"{file} does not fit its configuration: {len(missing)} tensors missing, {len(unexpected)} unexpected "
             f"({'; '.join(examples)})"
         )
-    for name, tensor in wanted.items():
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"{file}: {name} is {list(found[name].shape)}, its configuration says {list(tensor.shape)}"
-            )
-    model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
-    mark_started(model.quantizer)
-    for book in codebooks_of(model.quantizer):
-        book.count_V.fill_(1.0)
-        book.sum_VD.copy_(book.codes_VD)
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(f"{file}: {name} is {list(found[name])}, its configuration says {list(shape)}")
+
+
+def _shapes(model: EncodecModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith(_STATISTICS)}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -167,9 +187,9 @@ def _config_of_transformers(settings: dict[str, Any], state: dict[str, Tensor], 
         raise ValueError(f"{path}: {error}") from None
 
 
-def _renamed(state: dict[str, Tensor], model: EncodecModel) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of transformers' `EncodecModel`, with weight norm of either kind, under the encodec package's names."""
-    ours = {_transformers_name(name): name for name in inference_state(model)}
+    ours = {_transformers_name(name): name for name in wanted}
     renamed = {}
     for name, tensor in state.items():
         older = name.replace("parametrizations.weight.original0", "weight_g")

@@ -16,6 +16,7 @@ from encodec.modules import SEANetDecoder, SEANetEncoder
 from encodec.quantization import ResidualVectorQuantizer
 from torch import nn
 
+from multidiff_autoencoder.bounds import MOST_SAMPLE_RATE
 from multidiff_autoencoder.codebook import Codebook
 
 
@@ -59,6 +60,8 @@ class CodecConfig:
                     raise ValueError(f"{name} of a codec cannot be {value!r}")
         if not self.ratios:
             raise ValueError("a codec needs at least one ratio")
+        if self.sample_rate > MOST_SAMPLE_RATE:
+            raise ValueError(f"sample_rate of a codec may be at most {MOST_SAMPLE_RATE:,} Hz, not {self.sample_rate:,}")
         if self.codebook_size & (self.codebook_size - 1) or self.codebook_size == 1:
             raise ValueError(f"codebook_size {self.codebook_size} is no power of two, which the encodec package needs")
 
