@@ -2,16 +2,20 @@
 
 import json
 import logging
+import math
+import os
 import shutil
 import struct
 import zlib
 from itertools import product
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 from diffusers import VQModel
+from fuzz import pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer, seed_everything
@@ -30,11 +34,12 @@ from multidiff_vq.folder import read_model, write_model
 from multidiff_vq.pictures import convert
 from multidiff_vq.presets import PRESETS
 from multidiff_vq.quantizers import codebook_arguments, fixed_quantizer, quantize
+from multidiff_vq.resize import Resizer
 from multidiff_vq.training import PictureData, VQTraining
 
 MNIST = Path(__file__).parents[1] / "demo" / "data" / "mnist10k.npz"
 CONFIG, WEIGHTS, SETTINGS = "config.json", "diffusion_pytorch_model.safetensors", "vq_tokenizer.json"
-DIGITS = VQTokenizer()
+DIGITS, DIGITS_CROPPED = VQTokenizer(), VQTokenizer(resize="crop")
 
 
 def arguments(channels=3, **changes):
@@ -213,6 +218,121 @@ def test_of_moving_pictures_the_first_is_read_and_what_is_transparent_is_white(t
         assert [picture.getpixel(place) for place in ((4, 4), (24, 4))] == [(255, 255, 255), (255, 0, 0)]
 
 
+# Resizing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "fit"])
+def test_contract_while_pictures_are_resized(resize, rgb_folder, tmp_path):
+    check_tokenizer(VQTokenizer(str(rgb_folder), resize=resize), tmp_path)
+
+
+def test_crop_keeps_the_middle_and_pad_keeps_all_on_white():
+    wide = Image.new("L", (96, 32))
+    wide.paste(128, (32, 0, 64, 32))  # the middle third
+    cropped = VQTokenizer(resize="crop").prepared(wide)
+    assert cropped.size == (32, 32)
+    assert cropped.getextrema() == (128, 128)
+    padded = np.asarray(VQTokenizer(resize="pad").prepared(wide))
+    assert padded.shape == (32, 32)
+    assert (padded[:10] == 255).all()
+    assert (padded[-10:] == 255).all()
+    assert [padded[16, column] for column in (2, 16, 29)] == [0, 128, 0]
+
+
+def test_fit_keeps_the_shape_within_the_codes_of_the_canvas():
+    fit = Resizer("fit", 32, 32, 8)  # 16 codes
+    shapes = {(100, 100): (32, 32), (1600, 1000): (40, 24), (10, 20): (24, 40), (1, 90): (8, 128), (5, 3): (40, 24)}
+    for (height, width), expected in shapes.items():
+        assert fit.size_of(height, width) == expected
+    # By definition: of all grids that nothing can be added to, the one with the nearest ratio.
+    for height, width in product((1, 7, 30, 180), (2, 8, 31, 90)):
+        size = fit.size_of(height, width)
+        grids = [(r, c) for r, c in product(range(1, 17), repeat=2) if r * c <= 16 < min((r + 1) * c, r * (c + 1))]
+        distance = {grid: abs(np.log(grid[0] / grid[1] * width / height)) for grid in grids}
+        assert distance[size[0] // 8, size[1] // 8] == pytest.approx(min(distance.values()))
+        assert fit.size_of(*size) == size
+    # What it gives is never too long and thin to be encoded again.
+    assert Resizer("fit", 256, 256, 8).size_of(100, 1) == (8 * 256, 8 * 4)
+    tokenizer = VQTokenizer(resize="fit")
+    half = Image.new("L", (200, 100))
+    half.paste(255, (100, 0, 200, 100))
+    (codes,) = tokenizer.encode([half])
+    assert codes.size == {"height": 24, "width": 40}
+    pixels = np.asarray(tokenizer.prepared(half))
+    assert (pixels[:, :18] == 0).all()
+    assert (pixels[:, -18:] == 255).all()
+
+
+def test_scaling_down_does_not_alias():
+    stripes = Image.fromarray(np.tile(np.uint8([0, 255]), (320, 160)))
+    pixels = np.asarray(VQTokenizer(resize="crop").prepared(stripes), float)
+    assert np.abs(pixels - 127.5).max() < 4
+
+
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I;16B"]
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "fit"])
+def test_a_pixel_of_any_mode_fills_the_canvas(resize, rgb_folder):
+    for weights in ("digits", str(rgb_folder)):
+        tokenizer = VQTokenizer(weights, resize=resize)
+        for codes in tokenizer.encode([Image.new(mode, (1, 1)) for mode in MODES]):
+            assert codes.size == tokenizer.canvas().size
+
+
+def test_what_is_transparent_is_white_before_it_is_scaled_and_16_bits_stay_dark(tmp_path):
+    tokenizer = VQTokenizer(resize="crop")
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.paste((0, 0, 0, 255), (32, 0, 64, 64))
+    assert np.array_equal(np.asarray(tokenizer.prepared(clear))[:, [0, 31]], np.tile(np.uint8([255, 0]), (32, 1)))
+    deep = Image.fromarray(np.full((64, 64), 0x40FF, np.uint16))
+    assert tokenizer.prepared(deep).getextrema() == (0x40, 0x40)
+    deep.save(tmp_path / "deep.png", transparency=0x40FF)
+    assert tokenizer.prepared(tokenizer.read("deep.png", tmp_path)).getextrema() == (255, 255)
+
+
+def test_resize_is_saved_and_part_of_the_fingerprint_only_where_it_decides_codes(broken, tmp_path):
+    whole = VQTokenizer.load(broken)
+    prints = {VQTokenizer(str(broken), resize=resize).fingerprint for resize in (None, "crop", "pad", "fit")}
+    assert len(prints) == 4
+    assert whole.fingerprint in prints
+    crop = VQTokenizer(str(broken), resize="crop")
+    assert VQTokenizer(str(broken), height=8, resize="crop").fingerprint != crop.fingerprint
+    crop.save(tmp_path / "crop")
+    assert VQTokenizer.load(tmp_path / "crop").resizer == crop.resizer
+    assert VQTokenizer(str(tmp_path / "crop"), resize=None).fingerprint == whole.fingerprint
+    (broken / SETTINGS).write_text('{"height": 16, "width": 16}')  # as version 0.1 wrote it
+    assert VQTokenizer.load(broken).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"height": 16, "width": 16, "resize": "stretch"}, r"resize must be null, crop, pad, fit, not 'stretch'"),
+        ({"height": 16, "width": 16, "resize": ["crop"]}, r"resize must be null"),
+        ({"height": 16, "width": 16, "depth": 3}, "must hold height and width, and may hold resize; found .*depth"),
+        ({"height": 16, "width": "16"}, "height 16 and width '16' is none"),
+        ({"height": 2**40, "width": 16}, "is too large: it may have 67,108,864 pixels"),
+    ],
+)
+def test_settings_that_are_none_are_refused_by_file(broken, settings, words):
+    (broken / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=words) as caught:
+        VQTokenizer.load(broken)
+    assert str(broken) in str(caught.value)
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "fit"])
+def test_a_picture_that_is_a_line_is_refused(resize, tmp_path):
+    Image.new("L", (1, 20_000)).save(tmp_path / "line.png")
+    with pytest.raises(ItemError, match=r"line\.png: .*height 20000 and width 1 .*too long and thin.*100 times"):
+        VQTokenizer(resize=resize).read("line.png", tmp_path)
+    with pytest.raises(ItemError, match="without any pixels"):
+        VQTokenizer(resize=resize).encode([Image.new("L", (0, 3))])
+    with pytest.raises(ValueError, match="resize must be null, crop, pad, fit, not 'stretch'"):
+        VQTokenizer(resize="stretch")
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +340,7 @@ def test_of_moving_pictures_the_first_is_read_and_what_is_transparent_is_white(t
     ("picture", "words"),
     [
         (Image.new("L", (30, 33)), "height 33 and width 30.*stride of 8.*height 32 or 40, width 24 or 32"),
+        (Image.new("L", (30, 33)), r"stride of 8; let its tokenizer resize it, as in `image: {plugin: vq, .*crop}`"),
         (Image.new("L", (8, 3)), "height 8, width|height 3 and width 8.*height 8, width 8"),
         (Image.new("L", (0, 0)), "height 0 and width 0"),
         (Image.new("F", (32, 32)), "mode 'F'"),
@@ -241,6 +362,33 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
             DIGITS.read(name, tmp_path)
     with pytest.raises(ItemError, match="path of its file, not by 7"):
         DIGITS.read(7, tmp_path)
+
+
+def test_a_file_whose_picture_cannot_be_encoded_is_named_when_it_is_read(tmp_path):
+    Image.new("L", (30, 33)).save(tmp_path / "odd.png")
+    with pytest.raises(ItemError, match=r"odd\.png: a picture of height 33 and width 30 .*resize: crop"):
+        DIGITS.read("odd.png", tmp_path)
+    Image.new("F", (32, 32)).save(tmp_path / "float.tif")
+    with pytest.raises(ItemError, match=r"float\.tif: a picture of mode 'F' has no agreed white"):
+        DIGITS.read("float.tif", tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (".", "pipe.png", "x" * 300, "a\0b"):
+        with pytest.raises(ItemError, match=r"is a folder|is a pipe|cannot be read"):
+            DIGITS.read(name, tmp_path)
+
+
+def test_postscript_is_not_run(tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "page.eps")
+    with pytest.raises(ItemError, match=r"page\.eps is not a readable picture"):
+        DIGITS.read("page.eps", tmp_path)
+
+
+def test_damaged_files_are_encoded_or_named(tmp_path):
+    state = pictures.prepare(tmp_path, Random(0))
+    for name in state.contents:
+        DIGITS_CROPPED.encode([DIGITS_CROPPED.read(name, tmp_path)])
+    outcomes = [pictures.attempt(state, number, Random(number)) for number in range(15)]
+    assert set(outcomes) == {"encoded", "refused"}
 
 
 @pytest.mark.parametrize("size", [(10_000, 8_000), (30_000, 30_000)])
@@ -281,6 +429,16 @@ def test_weights_must_be_a_preset_or_a_folder(tmp_path):
         ({"_class_name": "VQModel", "flavour": 1}, "VQModel knows no flavour"),
         ({"_class_name": "VQModel", "block_out_channels": "x"}, "VQModel cannot be built from it"),
         ({"_class_name": "VQModel", **arguments(num_vq_embeddings=8)}, r"embedding.weight is \[16, 4\], not \[8, 4\]"),
+        (
+            {"_class_name": "VQModel", **arguments(layers_per_block=10**9)},
+            r"layers_per_block is 1,000,000,000, more than",
+        ),
+        (
+            {"_class_name": "VQModel", **arguments(block_out_channels=[4] * 10**6)},
+            "the length of block_out_channels is",
+        ),
+        ({"_class_name": "VQModel", **arguments(num_vq_embeddings=10**12)}, r"not \[1000000000000, 4\]"),
+        ({"_class_name": "VQModel", **arguments(latent_channels=10**30)}, "VQModel cannot be built from it"),
         ([], "must hold a JSON object, not list"),
     ],
 )
@@ -316,6 +474,23 @@ def test_weights_that_do_not_match_are_refused_by_name(broken):
     bias = tensors.pop("encoder.conv_in.bias")
     save_file({**tensors, "stranger": bias}, broken / WEIGHTS)
     with pytest.raises(ValueError, match=f"{WEIGHTS}.*encoder.conv_in.bias is missing; stranger is not expected"):
+        VQTokenizer.load(broken)
+
+
+def test_weights_that_are_not_finite_are_refused(broken):
+    tensors = load_file(broken / WEIGHTS)
+    tensors["encoder.conv_in.bias"][0] = math.nan
+    save_file(tensors, broken / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: tensor encoder\.conv_in\.bias holds NaN"):
+        VQTokenizer.load(broken)
+
+
+@pytest.mark.parametrize("place", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, SETTINGS])
+def test_a_pipe_or_folder_in_place_of_a_file_is_refused(broken, name, place):
+    (broken / name).unlink()
+    place(broken / name)
+    with pytest.raises(ValueError, match=f"{name} is a (folder|pipe)"):
         VQTokenizer.load(broken)
 
 

@@ -71,11 +71,11 @@ def read_codec(folder: Path) -> tuple[Codec, dict[str, Any], dict[str, Tensor]]:
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
     kind = settings.get("model_type")
     if not isinstance(kind, str) or kind not in CODECS:
-        raise ValueError(f"{path} describes a {kind!r} model; those that are read here are {', '.join(CODECS)}")
+        raise ValueError(f"{path} describes a {kind!r:.80} model; those that are read here are {', '.join(CODECS)}")
     if settings.get("audio_channels", 1) != 1:
         raise ValueError(
-            f"{path} describes a codec of {settings['audio_channels']!r} channels; sound is mixed down to one, so use "
-            "a mono model"
+            f"{path} describes a codec of {settings['audio_channels']!r:.80} channels; sound is mixed down to one, so "
+            "use a mono model"
         )
     if settings.get("normalize"):
         raise ValueError(

@@ -171,13 +171,13 @@ def _config_of_ours(settings: dict[str, Any], path: Path) -> CodecConfig:
 
 def _config_of_transformers(settings: dict[str, Any], state: dict[str, Tensor], path: Path) -> CodecConfig:
     if settings["model_type"] != "encodec":
-        raise ValueError(f"{path} describes a {settings['model_type']!r} model, not 'encodec'")
+        raise ValueError(f"{path} describes a {settings['model_type']!r:.80} model, not 'encodec'")
     if settings.get("normalize") or settings.get("audio_channels", 1) != 1:
         raise ValueError(f"{path} describes an EnCodec such as the 48 kHz stereo one: {_RESCALES}")
     for name, value in _FIXED.items():
         if settings.get(name, value) != value:
             raise ValueError(
-                f"{path}: {name} {settings[name]!r} is none that the encodec package has; expected {value!r}"
+                f"{path}: {name} {settings[name]!r:.80} is none that the encodec package has; expected {value!r}"
             )
     values = {ours: settings.get(theirs, default) for ours, (theirs, default) in _NAMES.items()}
     codebooks = sum(name.startswith("quantizer.layers.") and name.endswith(".codebook.embed") for name in state)

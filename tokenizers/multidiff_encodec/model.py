@@ -19,6 +19,8 @@ from torch import nn
 from multidiff_autoencoder.bounds import MOST_SAMPLE_RATE
 from multidiff_autoencoder.codebook import Codebook
 
+_MOST_RATIOS = 16  # channels double at each
+
 
 @dataclass(frozen=True)
 class CodecConfig:
@@ -52,14 +54,14 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", tuple(self.ratios))
+        if not 1 <= len(self.ratios) <= _MOST_RATIOS:
+            raise ValueError(f"a codec needs 1 to {_MOST_RATIOS} ratios, not {len(self.ratios):,}")
         for name, value in vars(self).items():
             kind = bool if name in ("causal", "convolved_skip") else int
             least = 0 if name in ("lstm_layers", "residual_layers") else 1
             for number in value if name == "ratios" else [value]:
                 if type(number) is not kind or number < (least if kind is int else 0):
-                    raise ValueError(f"{name} of a codec cannot be {value!r}")
-        if not self.ratios:
-            raise ValueError("a codec needs at least one ratio")
+                    raise ValueError(f"{name} of a codec cannot be {value!r:.80}")
         if self.sample_rate > MOST_SAMPLE_RATE:
             raise ValueError(f"sample_rate of a codec may be at most {MOST_SAMPLE_RATE:,} Hz, not {self.sample_rate:,}")
         if self.codebook_size & (self.codebook_size - 1) or self.codebook_size == 1:

@@ -47,7 +47,7 @@ class Resizer:
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize not in RESIZES:
-            raise ValueError(f"resize must be null, {', '.join(RESIZES)}, not {self.resize!r}")
+            raise ValueError(f"resize must be null, {', '.join(RESIZES)}, not {self.resize!r:.80}")
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
         """The size that a picture of this height and width gets.
@@ -99,7 +99,7 @@ def misfit(height: Any, width: Any, stride: int, advice: str = "") -> str | None
         advice: what else can be done about a size that does not fit.
     """
     if any(type(side) is not int or side < 1 for side in (height, width)):
-        return f"of height {height!r} and width {width!r} is none: both are whole pixels, at least {stride}"
+        return f"of height {height!r:.80} and width {width!r:.80} is none: both are whole pixels, at least {stride}"
     if height * width > MOST_PIXELS:
         return f"of height {height:,} and width {width:,} is too large: it may have {MOST_PIXELS:,} pixels"
     if height % stride == 0 and width % stride == 0:
@@ -116,8 +116,12 @@ def misfit(height: Any, width: Any, stride: int, advice: str = "") -> str | None
 
 @lru_cache(maxsize=16)
 def _grids(most: int) -> list[tuple[int, int]]:
-    """(rows, columns) of at most so many codes that neither a row nor a column can be added to."""
+    """(rows, columns) of at most so many codes, not too long and thin, to which no row and no column can be added."""
     # A picture that already has such a size keeps it: no two of them have the same ratio.
     flat = {(rows, most // rows) for rows in range(1, math.isqrt(most) + 1)}
     grids = flat | {(columns, rows) for rows, columns in flat}
-    return sorted((rows, columns) for rows, columns in grids if (rows + 1) * columns > most)
+    return sorted(
+        (rows, columns)
+        for rows, columns in grids
+        if (rows + 1) * columns > most and max(rows, columns) <= LARGEST_RATIO * min(rows, columns)
+    )
