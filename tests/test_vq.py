@@ -18,7 +18,7 @@ from diffusers import VQModel
 from fuzz import pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -30,6 +30,7 @@ from multidiff.optimizer import MuonAdamW
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError
 from multidiff_vq import VQTokenizer
+from multidiff_vq.data import BatchesBySize
 from multidiff_vq.folder import read_model, write_model
 from multidiff_vq.pictures import convert
 from multidiff_vq.presets import PRESETS
@@ -537,6 +538,7 @@ def fit(data_folder, folder, resume=None, **settings):
     return module
 
 
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 HASTY = {"continuous_steps": 2, "learning_rate": 1e-2, "warmup_steps": 1}
 QUANTIZERS = {
     "vq": {},
@@ -571,11 +573,152 @@ def test_training_uses_the_codebook_resumes_exactly_and_exports(settings, data_f
 
     tokenizer = VQTokenizer(str(tmp_path / "whole" / "tokenizer"))
     assert tokenizer.canvas().size == {"height": 16, "width": 16}
+    assert tokenizer.resizer.resize == "crop"
     assert tokenizer.codebook_sizes == (24 if "levels" in settings else 16,)
     plain = VQModel.from_pretrained(tmp_path / "whole" / "tokenizer", low_cpu_mem_usage=False)
     signal = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         assert torch.equal(plain.eval()(signal).sample, module.model.eval()(signal).sample)
+
+
+def run(data_folder, folder, command="fit", resume=None, callbacks=(), steps=3, data=None, **settings):
+    """A training of a few steps, with what it finds to log."""
+    module = VQTraining("rgb-32", str(folder / "tokenizer"), arguments(), **{**HASTY, **settings})
+    last = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1, save_on_exception=True)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, callbacks=[last, *callbacks], enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    data = PictureData(str(data_folder), batch_size=8, **data or {})
+    getattr(trainer, command)(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_training_that_is_resumed_at_its_end_writes_the_same_tokenizer_again(data_folder, tmp_path, caplog):
+    run(data_folder, tmp_path)
+    first = contents(tmp_path / "tokenizer")
+    shutil.rmtree(tmp_path / "tokenizer")
+    trainer = run(data_folder, tmp_path, resume=tmp_path / "last.ckpt")
+    assert trainer.global_step == 3
+    assert contents(tmp_path / "tokenizer") == first
+    assert f"Saved the tokenizer in {tmp_path / 'tokenizer'}." in caplog.text
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the second step."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_leaves_a_checkpoint_and_no_tokenizer(data_folder, tmp_path):
+    with pytest.raises(SystemExit):
+        run(data_folder, tmp_path, callbacks=[Interrupt()])
+    assert not (tmp_path / "tokenizer").exists()
+    assert list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad", "fit"])
+def test_a_trained_tokenizer_encodes_the_pictures_that_it_was_trained_on_as_it_saw_them(resize, tmp_path):
+    sizes, lines = [(40, 21), (16, 16), (90, 12), (40, 22)], []
+    for number, (height, width) in enumerate(8 * sizes):
+        noise(height, width, seed=number).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"split": "train", "segments": [{"image": f"{number}.png"}]}))
+    lines.append(lines[0].replace("train", "validation"))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    seen = []
+
+    class See(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            seen.append(batch)
+
+    trainer = run(tmp_path, tmp_path, callbacks=[See()], steps=4, data={"resize": resize})
+    tokenizer = VQTokenizer(str(tmp_path / "tokenizer"))
+    assert tokenizer.resizer == Resizer(resize, 16, 16, 4) == trainer.datamodule.resizer
+    pictures = [tokenizer.read(f"{number}.png", tmp_path) for number in range(32)]
+    assert len(tokenizer.encode(pictures)) == 32
+    expected = sorted(tokenizer.prepared(picture).tobytes() for picture in pictures)
+    found = sorted(pixels_CHW.permute(1, 2, 0).numpy().tobytes() for pixels_BCHW in seen for pixels_CHW in pixels_BCHW)
+    assert found == expected  # each picture once, in an epoch of four steps
+
+
+def test_batches_by_size_are_of_one_group_on_all_ranks_and_resume():
+    groups, ranks = [[0, 1, 2, 3, 4], list(range(5, 26)), [26]], 2
+    both = [BatchesBySize(groups, 4, seed=0, rank=rank, ranks=ranks) for rank in range(ranks)]
+    epochs = [[list(batches) for batches in both] for _ in range(2)]
+    for epoch, (one, other) in enumerate(epochs):
+        assert len(one) == len(other) == len(both[0]) == 1 + 3
+        for mine, theirs in zip(one, other, strict=True):
+            assert len(mine) == len(theirs) <= 4
+            assert {number for number, _ in [*mine, *theirs]} == {epoch}
+            assert sum({index for _, index in [*mine, *theirs]} <= set(group) for group in groups) == 1
+        indices = [index for batch in [*one, *other] for _, index in batch]
+        assert len(set(indices)) == len(indices) == 4 + 20
+    assert [[index for _, index in batch] for batch in epochs[0][0]] != [
+        [index for _, index in batch] for batch in epochs[1][0]
+    ]
+    started, resumed = (BatchesBySize(groups, 4, 0, 0, ranks) for _ in range(2))
+    running = iter(started)
+    head = [next(running), next(running)]
+    resumed.load_state_dict(started.state_dict())
+    assert head + list(resumed) == epochs[0][0]
+    assert list(resumed) == epochs[1][0]
+
+
+def test_a_preset_alone_decides_size_and_channels(data_folder, tmp_path):
+    def data(settings=None, preset="rgb-64", **changes):
+        module, pictures = VQTraining(preset, "unused", settings), PictureData(str(data_folder), **changes)
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, fast_dev_run=1, **QUIET).validate(
+            module, datamodule=pictures, verbose=False
+        )
+        return next(iter(pictures.train_dataloader())).shape[1:]
+
+    assert data() == (3, 64, 64)
+    assert data(preset="grey-32") == (1, 32, 32)
+    assert data({"sample_size": 16}, "rgb-32") == (3, 16, 16)
+    assert data(height=32) == (3, 32, 64)
+    for changes, words in {
+        ("channels", 1): "channels: 1, and preset 'rgb-64' has 3",
+        ("height", 32, "width", 32): "height 32 and width 32, and preset 'rgb-64' .* 64 pixels",
+        ("height", 20): "preset 'rgb-64': a picture of height 20 .*stride of 8; the nearest that fit: height 16 or 24",
+        ("width", 0): "height 64 and width 0 is none",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            data(**dict(zip(changes[::2], changes[1::2], strict=True)))
+
+
+def test_a_picture_of_another_size_is_refused_by_name_where_nothing_is_resized(data_folder):
+    data = PictureData(str(data_folder), channels=3, height=16, width=16, resize=None)
+    with pytest.raises(ItemError, match=r"\d+\.png: the picture has height 1\d and width 16.*set resize: crop"):
+        list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_trained_tokenizer_is_evaluated_on_a_split(command, data_folder, tmp_path, caplog):
+    shutil.copytree(data_folder, tmp_path / "data")
+    lines = (data_folder / "metadata.jsonl").read_text().replace('"validation"', f'"{command.replace("ate", "ation")}"')
+    (tmp_path / "data" / "metadata.jsonl").write_text(lines)
+    if command == "test":
+        with pytest.raises(ValueError, match="no document of split validation"):
+            run(tmp_path / "data", tmp_path, "validate")
+    run(data_folder, tmp_path)
+    metrics = run(tmp_path / "data", tmp_path, command, resume=tmp_path / "last.ckpt").callback_metrics
+    stage = {"validate": "val", "test": "test"}[command]
+    tokenizer = VQTokenizer(str(tmp_path / "tokenizer"))
+    pictures = [tokenizer.prepared(tokenizer.read(f"{number}.png", data_folder)) for number in range(24, 32)]
+    codes = tokenizer.encode(pictures)
+    expected = np.mean([psnr(*pair) for pair in zip(pictures, tokenizer.decode(codes), strict=True)])
+    assert float(metrics[f"{stage}/psnr"]) == pytest.approx(expected, abs=0.05)  # the tokenizer rounds to 8 bits
+    used = len(torch.cat([one.ids_N for one in codes]).unique())
+    assert float(metrics[f"{stage}/codebook_usage"]) == pytest.approx(used / 16)
+    assert "codebook has not been trained" not in caplog.text
+    run(tmp_path / "data", tmp_path, command)
+    assert "Its codebook has not been trained" in caplog.text
 
 
 def test_autoencoder_and_discriminator_are_clipped_each_as_a_whole(tmp_path):

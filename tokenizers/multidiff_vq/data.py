@@ -106,7 +106,7 @@ class PictureData(LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         pictures, rank = self._pictures("train"), self._rank()
         if self.resize == "fit":
-            batches = _BatchesBySize(pictures.by_size(), self.batch_size, self.seed, *rank)
+            batches = BatchesBySize(pictures.by_size(), self.batch_size, self.seed, *rank)
         else:
             batches = ShuffledBatches(len(pictures), self.batch_size, self.seed, *rank)
         return self._loader(pictures, batches)
@@ -173,7 +173,7 @@ class _Pictures(Dataset[Tensor]):
         return list(groups.values())
 
 
-class _BatchesBySize(Sampler[list[tuple[int, int]]]):
+class BatchesBySize(Sampler[list[tuple[int, int]]]):
     """(epoch, index) of each batch: as `ShuffledBatches`, but each is of one group, on all ranks of the same.
 
     What does not fill a batch of its group makes a smaller one; fewer pictures than ranks are left to other epochs.
