@@ -328,6 +328,12 @@ def break_weights(folder, change):
         (lambda folder: break_config(folder, dimension=16), r"model\.safetensors: .*configuration says"),
         (lambda folder: break_config(folder, codebooks=4), r"model\.safetensors .*1 tensors missing"),
         (lambda folder: break_config(folder, model_type="llama"), "'llama' model"),
+        (lambda folder: break_config(folder, residual_layers=10**9), "residual_layers is 1,000,000,000, more than"),
+        (lambda folder: break_config(folder, codebooks=10**12), "codebooks is 1,000,000,000,000, more than"),
+        (lambda folder: break_config(folder, ratios=[1] * 10**5), "needs 1 to 16 ratios, not 100,000"),
+        (lambda folder: break_config(folder, codebook_size=2**40), r"model\.safetensors: .*configuration says"),
+        (lambda folder: break_config(folder, dimension=10**30), r"config\.json: EncodecModel cannot be built"),
+        (lambda folder: break_config(folder, sample_rate=10**12), "at most 384,000 Hz"),
         (lambda folder: break_weights(folder, lambda state: {**state, "extra": torch.ones(1)}), "extra unexpected"),
     ],
 )
@@ -443,6 +449,46 @@ def test_codebooks_start_from_the_same_latents_after_an_interruption(tones, tmp_
     fit(tones, tmp_path, ckpt_path=interrupted, steps=26, continuous_steps=22)
     resumed = load_file(tmp_path / "codec" / "model.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*exists and is not empty.*")
+def test_a_training_that_is_resumed_at_its_end_writes_the_same_codec_again_and_is_evaluated(tones, tmp_path, caplog):
+    fit(tones, tmp_path, steps=22)
+    path = tmp_path / "codec" / "model.safetensors"
+    first = path.read_bytes()
+    path.unlink()
+    trainer = fit(tones, tmp_path, ckpt_path=tmp_path / "checkpoints" / "step=22.ckpt", steps=22)
+    assert trainer.global_step == 22
+    assert path.read_bytes() == first
+    assert f"Saved the tokenizer in {tmp_path / 'codec'}." in caplog.text
+
+    # Of the folder's validation split, under the name of a test split.
+    lines = (tones / "metadata.jsonl").read_text().replace('"validation"', '"test"')
+    (tmp_path / "metadata.jsonl").write_text(lines.replace('{"speech": "', f'{{"speech": "{tones}/'))
+    (metrics,) = trainer.test(
+        trainer.lightning_module, datamodule=SoundData(str(tmp_path), samples=1_024), verbose=False
+    )
+    (expected,) = trainer.validate(
+        trainer.lightning_module, datamodule=SoundData(str(tones), samples=1_024), verbose=False
+    )
+    assert {name.replace("val", "test"): value for name, value in expected.items()} == pytest.approx(metrics)
+    codec = read_codec(tmp_path / "codec")[0]
+    waveform_BCT = next(iter(SoundData(str(tones), 8_000, 1_024).val_dataloader()))
+    with torch.no_grad():
+        loss = MelLoss(8_000)(codec(waveform_BCT)[:, 0], waveform_BCT[:, 0])
+    assert metrics["test/mel_3"] == pytest.approx(float(loss), rel=1e-3)
+
+
+def test_rate_and_length_of_training_sounds_are_those_of_the_codec(tones):
+    training = EncodecTraining("words-8khz", "unused", TINY)
+    for data, words in (
+        (SoundData(str(tones), 16_000), "sample_rate: 16000, and preset 'words-8khz' has 8000"),
+        (SoundData(str(tones), samples=1_001), "samples: 1001, and preset 'words-8khz' takes multiples of 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(training, datamodule=data)
+    with pytest.raises(ValueError, match="takes its sample_rate from EncodecTraining"):
+        SoundData(str(tones)).train_dataloader()
 
 
 def test_training_data_is_cut_or_padded_and_the_same_for_the_same_seed(tones):
