@@ -1,6 +1,7 @@
 """The sound tokenizer: the encodec package's own codes, whatever sound it is given; its training and its files."""
 
 import json
+import logging
 import os
 import warnings
 from dataclasses import asdict
@@ -453,6 +454,7 @@ def test_codebooks_start_from_the_same_latents_after_an_interruption(tones, tmp_
 
 @pytest.mark.filterwarnings("ignore:.*num_workers.*", "ignore:.*exists and is not empty.*")
 def test_a_training_that_is_resumed_at_its_end_writes_the_same_codec_again_and_is_evaluated(tones, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     fit(tones, tmp_path, steps=22)
     path = tmp_path / "codec" / "model.safetensors"
     first = path.read_bytes()

@@ -538,6 +538,7 @@ def fit(data_folder, folder, resume=None, **settings):
     return module
 
 
+LIGHTNING = "lightning.pytorch.utilities.rank_zero"  # the logger of what is printed
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 HASTY = {"continuous_steps": 2, "learning_rate": 1e-2, "warmup_steps": 1}
 QUANTIZERS = {
@@ -552,8 +553,8 @@ QUANTIZERS = {
 # Lightning 2.6 warns of itself, of few workers, and of a checkpoint from another folder.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*num_workers.*", "ignore:.*dirpath has changed.*")
 @pytest.mark.parametrize("settings", QUANTIZERS.values(), ids=QUANTIZERS)
-def test_training_uses_the_codebook_resumes_exactly_and_exports(settings, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch.utilities.rank_zero"), "level", logging.ERROR)
+def test_training_uses_the_codebook_resumes_exactly_and_exports(settings, data_folder, tmp_path, caplog):
+    caplog.set_level(logging.ERROR, logger=LIGHTNING)
     module = fit(data_folder, tmp_path / "whole", **settings)
     events = EventAccumulator(str(next((tmp_path / "whole").glob("log/version_*"))))
     events.Reload()
@@ -599,6 +600,7 @@ def contents(folder):
 
 
 def test_a_training_that_is_resumed_at_its_end_writes_the_same_tokenizer_again(data_folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger=LIGHTNING)
     run(data_folder, tmp_path)
     first = contents(tmp_path / "tokenizer")
     shutil.rmtree(tmp_path / "tokenizer")
@@ -700,6 +702,7 @@ def test_a_picture_of_another_size_is_refused_by_name_where_nothing_is_resized(d
 
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_a_trained_tokenizer_is_evaluated_on_a_split(command, data_folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger=LIGHTNING)
     shutil.copytree(data_folder, tmp_path / "data")
     lines = (data_folder / "metadata.jsonl").read_text().replace('"validation"', f'"{command.replace("ate", "ation")}"')
     (tmp_path / "data" / "metadata.jsonl").write_text(lines)
