@@ -94,6 +94,10 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         self.norm = nn.RMSNorm(hidden_size, norm_epsilon)
         self.head = None if tie_embeddings else nn.Linear(hidden_size, vocabulary_rows, bias=False)
         self.gradient_checkpointing = False
+        # Constants are made here, on the CPU whatever the default device, because a compiler rounds their powers in
+        # another way and does not let integers wrap. A buffer would be cast along with the weights.
+        self._frequencies_F = rotary_frequencies(self.head_size, rope_theta)
+        self._turns_F3 = wave_turns(hidden_size // 2)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights: N(0, 0.02²), and 0.02 / √(2 · layers) where a block writes to the residual stream
@@ -135,18 +139,16 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         Returns:
             One [N, stop - start] tensor for each query.
         """
-        # Computed, not stored: a stored table would be cast along with the weights.
-        frequencies_F = rotary_frequencies(self.head_size, self.config["rope_theta"])
         mask_B1LL = (document_BL[:, None, :, None] == document_BL[:, None, None, :]) if _closed(document_BL) else None
         if active_BA is not None:
             ids_BL, positions_BL3 = ids_BL.gather(1, active_BA), _columns(positions_BL3, active_BA)
             coords_BL3 = None if coords_BL3 is None else _columns(coords_BL3, active_BA)
             if mask_B1LL is not None:
                 mask_B1LL = _columns(mask_B1LL[:, 0], active_BA)[:, None]
-        cos_BL1E, sin_BL1E = rotary(positions_BL3, frequencies_F, self.dtype)
+        cos_BL1E, sin_BL1E = rotary(positions_BL3, self._frequencies_F, self.dtype)
         hidden_BLD = self.embed(ids_BL)
         if self.config["coordinate_features"] and coords_BL3 is not None:
-            hidden_BLD = hidden_BLD + INITIAL_STD * fourier_features(coords_BL3, hidden_BLD)
+            hidden_BLD = hidden_BLD + INITIAL_STD * fourier_features(coords_BL3, hidden_BLD, self._turns_F3)
         for number, block in enumerate(self.blocks):
             layer = None if cache is None else (cache, number, active_BA)
             arguments = (hidden_BLD, cos_BL1E, sin_BL1E, mask_B1LL, layer)
@@ -306,7 +308,7 @@ Layer = tuple[KeyValueCache, int, Tensor | None]  # cache, number of the block, 
 
 def rotary_frequencies(head_size: int, theta: float) -> Tensor:
     """θ^(-2j / E) for j < E / 2, float32 [F] (Su et al. 2021, arXiv 2104.09864, eq. 15)."""
-    return 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
+    return 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu").float() / head_size)
 
 
 def rotary(positions_BL3: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -322,20 +324,27 @@ def rotary(positions_BL3: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> 
     return angle_BL1E.cos().to(dtype), angle_BL1E.sin().to(dtype)
 
 
-def fourier_features(coords_BL3: Tensor, like_BLD: Tensor) -> Tensor:
+def wave_turns(number: int) -> Tensor:
+    """frac(j²√2, j³√3, j⁴√5), j = 1, 2, …, or less by 1 where that is one half or more: float64 [F, 3], F = number."""
+    # In 64-bit fixed point: integers wrap, which leaves the fraction exact however large j⁴ grows.
+    number_F = torch.arange(1, number + 1, device="cpu")
+    turns_F3 = torch.stack([number_F**power * _fixed_fraction_of_root(n) for power, n in ((2, 2), (3, 3), (4, 5))], -1)
+    return turns_F3.double() / 2.0**64
+
+
+def fourier_features(coords_BL3: Tensor, like_BLD: Tensor, turns_F3: Tensor) -> Tensor:
     """√2 · (cos, sin)(coords · ω) of D / 2 plane waves, in D's type and shape; 0 where a coordinate is negative.
 
     Fourier features (Rahimi & Recht 2007; for coordinates Tancik et al. 2020, arXiv 2006.10739). The wave vectors
     ω = 2π frac(j²√2, j³√3, j⁴√5), j = 1, 2, …, are spread evenly and without pattern (Weyl 1916) over the whole cube
     [0, 2π)³, so that different whole coordinates are nearly orthogonal: their cosine is about ±1/√D. Products are
     taken one by one: as a matrix product, autocast would round them.
+
+    Args:
+        turns_F3: ω / 2π of `wave_turns(D // 2)`.
     """
-    half = like_BLD.shape[-1] // 2
     exact = torch.float64 if like_BLD.dtype == torch.float64 else torch.float32
-    # Turns in 64-bit fixed point: integers wrap, which leaves the fraction exact however large j⁴ grows.
-    number_F = torch.arange(1, half + 1)
-    turns_F3 = torch.stack([number_F**power * _fixed_fraction_of_root(n) for power, n in ((2, 2), (3, 3), (4, 5))], -1)
-    turns_F3 = (turns_F3.double() / 2.0**64).to(coords_BL3.device, exact, non_blocking=True)
+    turns_F3 = turns_F3.to(coords_BL3.device, exact, non_blocking=True)
     turns_BLF = sum(coords_BL3[..., axis, None].to(exact) * turns_F3[:, axis] for axis in range(3))
     phase_BLF = 2 * math.pi * torch.as_tensor(turns_BLF).frac()
     features_BLD = torch.cat([phase_BLF.cos(), phase_BLF.sin()], dim=-1) * math.sqrt(2)

@@ -378,3 +378,21 @@ def test_compiled_twice_and_never_again(settings):
         assert items(output.documents) == items(expected.documents)
     # As many positions as at the first step, and then any number of them.
     assert after == [1, *[2] * 23]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # in torch's own import
+def test_the_default_compiler_samples_the_same():
+    """With generated code, for one number of open codes and then for any."""
+    torch._dynamo.reset()
+    pipe = make({"picture": Grid(5, 6, 6), "note": Frames((6,))})
+    del pipe.transformer.blocks[1:]  # compilers take their time
+    documents = [[Given("note", [1, 2]), Blank("picture")], [Given("note", [1, 2, 0]), Blank("picture")]]
+    expected = pipe(documents, 12, generator=[generator(1), generator(2)], trace=True)
+    pipe.transformer.compile()
+    output = pipe(documents, 12, generator=[generator(1), generator(2)], trace=True)
+    assert items(output.documents) == items(expected.documents)
+    for ours, theirs in zip(chain(*output.trace), chain(*expected.trace), strict=True):
+        assert ours[:-1] == theirs[:-1]
+        assert ours.p == pytest.approx(theirs.p, rel=1e-9)

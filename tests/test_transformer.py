@@ -21,6 +21,7 @@ from multidiff.transformer import (
     rotary,
     rotary_frequencies,
     turn,
+    wave_turns,
 )
 from multidiff.vocabulary import MASK, SharedVocabulary
 
@@ -101,16 +102,47 @@ def test_every_axis_matters_and_only_differences_do():
 
 def test_fourier_features_are_plane_waves():
     coords_N3 = torch.cartesian_prod(torch.arange(9), torch.arange(8), torch.tensor([0, 1, 999]))
-    features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256))[0]
+    features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256), wave_turns(128))[0]
     for wave in (1, 2, 57, 128):
         turns_3 = [float(wave**power * Decimal(n).sqrt() % 1) for power, n in ((2, 2), (3, 3), (4, 5))]
         angle_N = 2 * np.pi * coords_N3.numpy() @ np.array(turns_3)
         np.testing.assert_allclose(features_ND[:, wave - 1], np.sqrt(2) * np.cos(angle_N), atol=1e-3)
         np.testing.assert_allclose(features_ND[:, 127 + wave], np.sqrt(2) * np.sin(angle_N), atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):  # what is trained is what is sampled with
-        assert torch.equal(fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256))[0], features_ND)
+        assert torch.equal(
+            fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256), wave_turns(128))[0], features_ND
+        )
     outside_113 = torch.tensor([[[-1, -1, -1]]])
-    assert not fourier_features(outside_113, torch.empty(1, 1, 8)).any()
+    assert not fourier_features(outside_113, torch.empty(1, 1, 8), wave_turns(4)).any()
+
+
+def test_wave_vectors_are_exact():
+    """Against whole numbers of any size, in units of 2^-64 turns."""
+    turns_F3 = wave_turns(5000)
+    assert turns_F3.dtype == torch.float64
+    for wave in (1, 2, 3, 57, 1448, 1449, 4999, 5000):
+        for axis, (power, n) in enumerate(((2, 2), (3, 3), (4, 5))):
+            fraction = wave**power * math.isqrt(n << 128) % (1 << 64)
+            nearest = fraction - (1 << 64) * (fraction >= 1 << 63)
+            assert turns_F3[wave - 1, axis] == nearest / 2**64
+            assert abs(float(turns_F3[wave - 1, axis])) <= 0.5
+
+
+def test_compiled_training_has_the_same_gradients():
+    """Traced, differentiated and split, but run as it is: generating code for that takes half a minute."""
+    batch = SEQUENCER.batch([segments(2, 1), segments(1, 2)])
+    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
+    model = transformer(num_layers=1).train()
+    model.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    gradients = []
+    for network in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        logits = network(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked, batch.coords_BL3)
+        sum(x.square().sum() for x in logits).backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * float(eager.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +151,7 @@ def test_fourier_features_are_plane_waves():
 )
 def test_fourier_features_tell_places_apart(axes, width):
     coords_N3 = torch.cartesian_prod(*(torch.arange(size) for size in axes))
-    features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), width))[0]
+    features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), width), wave_turns(width // 2))[0]
     cosine_NN = features_ND @ features_ND.T / width
     torch.testing.assert_close(cosine_NN.diagonal(), torch.ones(len(coords_N3)), atol=1e-4, rtol=0)
     others_NN = cosine_NN - torch.eye(len(coords_N3))
