@@ -9,7 +9,7 @@ nothing else, but where `forbidden`, `forced` or lengths are set for whether the
 
 Shape suffixes: B rows = documents, L row length, P = B·L, S segments or selected rows, R documents that have unknown
 codes of a tokenizer, N such codes of a document, M positions whose logits a step reads, V local ids, A columns computed
-anew.
+anew, C codes that a step has changed.
 """
 
 from __future__ import annotations
@@ -108,12 +108,7 @@ def gather(
     segment_P = batch.segment_BL.clamp_min(0).flatten()
     tokenizer_P = batch.tokenizer_S[segment_P]
     document_P, span_P = batch.document_BL.flatten(), batch.span_BL.flatten()
-    # Place within the segment: tokens of a segment follow one another.
-    flat_P = torch.arange(len(segment_P))
-    outside_P = batch.segment_BL.flatten() < 0
-    first_S = torch.full_like(batch.document_S, len(flat_P))
-    first_S = first_S.scatter_reduce(0, segment_P, flat_P.masked_fill(outside_P, len(flat_P)), "amin")
-    inside_P = (flat_P - first_S[segment_P]) < inside_S[segment_P]
+    inside_P = _places(batch) < inside_S[segment_P]
     extent_S3 = torch.zeros(len(batch.document_S), 3, dtype=torch.int64)
     index_P3 = segment_P[:, None].expand(-1, 3)
     extent_S3 = extent_S3.scatter_reduce(0, index_P3, batch.coords_BL3.flatten(0, 1) + 1, "amax")
@@ -211,6 +206,10 @@ class Decoder:
         self.ids_P = torch.where(batch.known_BL, batch.ids_BL, MASK).flatten()
         self.nfe = [0] * batch.num_documents
         self.history: list[list[Decision]] | None = [[] for _ in self.nfe] if trace else None
+        number_D = torch.bincount(batch.document_S, minlength=batch.num_documents)
+        number_S = torch.arange(len(batch.document_S)) - (number_D.cumsum(0) - number_D)[batch.document_S]
+        self._number_P = number_S[batch.segment_BL.clamp_min(0)].flatten()  # of the segment in its document
+        self._place_P = _places(batch)
         self.steps = max(run.state.steps for run in runs)
         self._guided = {key: set(batch.document_BL[null_BL].tolist()) for key, null_BL in nulls.items()}
         self._mode = runs[0].sampler.config["cache"]
@@ -274,7 +273,7 @@ class Decoder:
             before_RN = run.sample_RN
             self._decide(run, where_RN, step, logits, scales[run.name])
             if self.history is not None:
-                _record(step, run, before_RN, self.batch, self.history)
+                self._record(step, run, before_RN, self.history)
 
     def _scales(self, run: Run, step: int) -> dict[str, Tensor]:
         """scale_R of each condition; 1 where the document gives none."""
@@ -432,17 +431,20 @@ class Decoder:
                     whole_MV[entry_N, : stop - start] = torch.log_softmax(part_NV.to(exact), -1)
         return gathered
 
+    def _record(self, step: int, run: Run, before_RN: Tensor, history: list[list[Decision]]) -> None:
+        """Add what a step has changed, in the order of places."""
+        changed_RN = run.sample_RN != before_RN
+        place_C, token_C, p_C = run.place_RN[changed_RN], run.sample_RN[changed_RN], run.state.p_RN[changed_RN]
+        row_C = torch.nonzero(changed_RN)[:, 0]
+        token_C = token_C.masked_fill(token_C == run.state.mask_token_id, -1)
+        columns = (row_C, self._number_P[place_C], self._place_P[place_C], token_C, p_C)
+        for row, segment, place, token, p in zip(*(column.tolist() for column in columns), strict=True):
+            history[run.documents[row]].append(Decision(step, segment, place, token, p))
 
-def _record(step: int, run: Run, before_RN: Tensor, batch: TokenBatch, history: list[list[Decision]]) -> None:
-    """Add what a step has changed, in the order of places."""
-    segment_P = batch.segment_BL.flatten()
-    number_S = torch.bincount(batch.document_S, minlength=batch.num_documents)
-    first_D = number_S.cumsum(0) - number_S
-    for row, column in torch.nonzero(run.sample_RN != before_RN).tolist():
-        flat, document = int(run.place_RN[row, column]), run.documents[row]
-        segment = int(segment_P[flat])
-        place = flat - int(torch.nonzero(segment_P == segment)[0])
-        token = int(run.sample_RN[row, column])
-        token = -1 if token == run.state.mask_token_id else token
-        p = float(run.state.p_RN[row, column])
-        history[document].append(Decision(step, segment - int(first_D[document]), place, token, p))
+
+def _places(batch: TokenBatch) -> Tensor:
+    """place_P: of each code in its segment, from 0; the tokens of a segment follow one another."""
+    segment_P, flat_P = batch.segment_BL.flatten(), torch.arange(batch.segment_BL.numel())
+    first_S = torch.full_like(batch.document_S, len(flat_P))
+    first_S = first_S.scatter_reduce(0, segment_P.clamp_min(0), flat_P.where(segment_P >= 0, len(flat_P)), "amin")
+    return flat_P - first_S[segment_P.clamp_min(0)]

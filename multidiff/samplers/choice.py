@@ -25,6 +25,13 @@ class Choice:
         self._log_p_MV = log_p_MV
         self.log_p_M = log_p_MV.gather(-1, token_M[:, None]).squeeze(-1)
 
+    def check(self) -> None:
+        """Raises a ValueError where logits were NaN or infinite. On an accelerator that would be waited for."""
+        if bool(self.log_p_M.isnan().any()):
+            raise ValueError(
+                "the transformer's logits hold NaN or Inf: check its weights, its precision and guidance_scale"
+            )
+
     def to(self, device: torch.device, *names: str) -> Choice:
         """Token, log-probability and the attributes of these names on another device, in one transfer."""
         if device == self.token_M.device:
@@ -101,7 +108,8 @@ def choose(
     total_M1 = cumulative_MV[:, -1:]
     # `right`, and below the total even after rounding: a token of probability 0 is never drawn.
     point_M1 = torch.minimum(uniform[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
-    return Choice(torch.searchsorted(cumulative_MV, point_M1, right=True).squeeze(-1), log_p_MV)
+    token_M1 = torch.searchsorted(cumulative_MV, point_M1, right=True)
+    return Choice(token_M1.squeeze(-1).clamp_max(log_p_MV.shape[-1] - 1), log_p_MV)  # beyond the last where NaN
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Self
 
 import torch
@@ -217,12 +217,12 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         steps = num_inference_steps or settings["num_inference_steps"] or STEPS
         plans: list[list[int]] = [[] for _ in numbers]
         if settings["count"] in SCHEDULES:
-            blocks = [row[:number] for row, number in zip(block_RN.tolist(), numbers, strict=True)]
-            plans = [self._plan(row, min(steps, len(row))) for row in blocks]
+            plans = [self._plan(block_N[:n], min(steps, n)) for block_N, n in zip(block_RN.cpu(), numbers, strict=True)]
             steps = max(map(len, plans))
         elif settings["count"] in ADAPTIVE:
             steps = max(numbers)
-        decide_RK = torch.tensor([plan + [0] * (max(map(len, plans)) - len(plan)) for plan in plans])
+        longest = max(map(len, plans))
+        decide_RK = torch.tensor([plan + [0] * (longest - len(plan)) for plan in plans])
         place_RN = torch.zeros(sample_RN.shape, dtype=torch.float64)
         if settings["order"] in BY_PLACE:
             for row, number in enumerate(numbers):
@@ -243,9 +243,9 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             p_RN=torch.full(sample_RN.shape, torch.nan, dtype=torch.float64, device=device),
         )
 
-    def _plan(self, block_N: list[int], steps: int) -> list[int]:
+    def _plan(self, block_N: Tensor, steps: int) -> list[int]:
         """How many positions of a row are decided at each step: the schedule's numbers, block after block."""
-        sizes = [block_N.count(block) for block in sorted(set(block_N))]
+        sizes = [size for size in block_N.bincount().tolist() if size]
         if steps < len(sizes):
             raise ValueError(
                 f"num_inference_steps {steps} is less than the {len(sizes)} blocks of "
@@ -254,7 +254,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         schedule = SCHEDULES[self.config["count"]]
         more = {"exponent": self.config["exponent"]} if self.config["count"] == "power" else {}
         # A step for each block, the others in proportion to what is left of the blocks.
-        room = [sum(sizes[: block + 1]) - block - 1 for block in range(len(sizes))]
+        room = [total - block - 1 for block, total in enumerate(accumulate(sizes))]
         until = [0, *((steps - len(sizes)) * left // max(1, room[-1]) + block + 1 for block, left in enumerate(room))]
         return [
             number
@@ -304,6 +304,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         if left_M is not None and not bool(left_M.all()):
             said = ", ".join(f"{rule} {settings[rule]}" for rule in RULES if settings[rule] is not None)
             raise ValueError(f"nothing is left to draw at a position: change {said}")
+        choice.check()
 
         if settings["count"] == "ancestral":
             decide_RN, remask_RN = self._posterior(index, candidate_RN, where, order_M, state, generator)
