@@ -87,6 +87,7 @@ class Run:
 def gather(
     batch: TokenBatch,
     inside_S: Tensor,
+    unit_S: Tensor,
     vocabulary: SharedVocabulary,
     samplers: Mapping[str, MaskSampler],
     steps: int | None = None,
@@ -97,6 +98,7 @@ def gather(
     Args:
         batch: a row for each document, on the CPU.
         inside_S: how many codes of each segment a stop cannot end.
+        unit_S: how many codes each segment has in a unit; they stop together.
         vocabulary, samplers: of the tokenizers.
         steps, scale: for all of them; None takes each sampler's own.
 
@@ -108,7 +110,8 @@ def gather(
     segment_P = batch.segment_BL.clamp_min(0).flatten()
     tokenizer_P = batch.tokenizer_S[segment_P]
     document_P, span_P = batch.document_BL.flatten(), batch.span_BL.flatten()
-    inside_P = _places(batch) < inside_S[segment_P]
+    place_P = _places(batch)
+    inside_P = place_P < inside_S[segment_P]
     extent_S3 = torch.zeros(len(batch.document_S), 3, dtype=torch.int64)
     index_P3 = segment_P[:, None].expand(-1, 3)
     extent_S3 = extent_S3.scatter_reduce(0, index_P3, batch.coords_BL3.flatten(0, 1) + 1, "amax")
@@ -130,8 +133,15 @@ def gather(
         coords_RN3 = batch.coords_BL3.flatten(0, 1)[place_RN]
         inside_RN = inside_P[place_RN] & (sample_RN >= 0) & varies
         stop_RN = vocabulary.stop_codes(name, levels_RN).masked_fill(inside_RN, -1) if varies else None
+        frame_RN = None
+        if varies and bool((unit_S[batch.tokenizer_S == place] > 1).any()):
+            unit_U = place_P[flat_U] // unit_S[segment_P[flat_U]]
+            frame_U = torch.unique(segment_P[flat_U] * len(segment_P) + unit_U, return_inverse=True)[1]
+            frame_RN = torch.full_like(place_RN, -1)
+            frame_RN[index] = frame_U[order_U]
         own = None if sampler.config["count"] in ADAPTIVE else steps
-        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, stop_RN, extent_S3[segment_P[place_RN]])
+        extent_RN3 = extent_S3[segment_P[place_RN]]
+        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, stop_RN, extent_RN3, frame_RN)
         strength = sampler.config["guidance_scale"] if scale is None else scale
         scales = strength if isinstance(strength, Mapping) else {"": strength}
         runs.append(Run(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))

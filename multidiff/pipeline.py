@@ -192,7 +192,9 @@ class MultiDiffPipeline(DiffusionPipeline):
         segments = self._segments(documents)
         batch = self.sequencer.batch(segments)
         inside = [len(part.codes) if isinstance(part, Partial) else 0 for document in documents for part in document]
-        runs = gather(batch, torch.tensor(inside), self.vocabulary, self.samplers, num_inference_steps, guidance_scale)
+        units = [self.sequencer.unit(segment) for document in segments for segment in document]
+        counts = torch.tensor(inside), torch.tensor(units)
+        runs = gather(batch, *counts, self.vocabulary, self.samplers, num_inference_steps, guidance_scale)
         conditions = {key for run in runs for key, scale in run.scales.items() if scale != 1}
         nulls = {key: self._null(key, batch, segments, guidance_scale is not None) for key in sorted(conditions)}
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)

@@ -139,11 +139,19 @@ class Sequencer:
         known_N = torch.zeros(len(canvas), dtype=torch.bool)
         return Segment(name, canvas.ids_N.clone(), canvas.levels_N, canvas.coords_N3, known_N, len(canvas), canvas.size)
 
+    def unit(self, segment: Segment) -> int:
+        """How many codes a unit of the segment's length has (a token 1, a frame one of each level); 1 where it is
+        fixed."""
+        varies = self.vocabulary.tokenizers[segment.tokenizer].variable_length
+        length = next(iter(segment.size.values())) if varies else 0
+        return len(segment) // length if length else 1
+
     def codes(self, segment: Segment) -> Codes:
         """What a segment holds, stops removed.
 
-        Content ends at the first unit whose level 0 is a stop. A stop of a higher level before that place says
-        nothing and has no sound of its own: it becomes code 0.
+        Content ends at the first unit whose level 0 is a stop. In what a pipeline makes, the codes of a unit are all
+        stops or none is. In codes from elsewhere a stop of a higher level before the end says nothing and has no sound
+        of its own: it becomes code 0.
         """
         ids_N, levels_N, coords_N3, size = segment.ids_N, segment.levels_N, segment.coords_N3, segment.size
         if not self.vocabulary.tokenizers[segment.tokenizer].variable_length:
@@ -151,9 +159,8 @@ class Sequencer:
         (unit, length), *_ = size.items()
         stop_N = ids_N == self.vocabulary.stop_codes(segment.tokenizer, levels_N)
         ends = torch.nonzero(stop_N & (levels_N == 0)).flatten()
-        per_unit = len(segment) // length if length else 1
-        units = int(ends[0]) // per_unit if len(ends) else length
-        end = units * per_unit
+        units = int(ends[0]) // self.unit(segment) if len(ends) else length
+        end = units * self.unit(segment)
         ids_N = torch.where(stop_N[:end], 0, ids_N[:end])
         return Codes(ids_N, levels_N[:end], coords_N3[:end], {unit: units})
 

@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import AmusedScheduler, BlockRefinementScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from toys import generator
 
-from multidiff.samplers import MaskSampler
+from multidiff.samplers import MaskSampler, as_sampler
 from multidiff.samplers.choice import choose
 from multidiff.samplers.count import SCHEDULES
 from multidiff.samplers.guidance import guide, scale_at
@@ -185,6 +186,49 @@ def test_guidance():
     assert [scale_at(3.0, "linear", k, steps_R).tolist() for k in range(3)] == [[1, 3, 1], [2, 3, 1.5], [3, 3, 2]]
     assert [scale_at(3.0, [0.25, 0.5], k, torch.tensor([4])).tolist() for k in range(4)] == [[1], [3], [3], [1]]
     assert scale_at(3.0, "constant", 0, steps_R).tolist() == [3, 3, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["linear", "cosine", "arccos", "power"]),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), min_size=1, max_size=8),
+    st.one_of(st.integers(1, 30), st.just("level")),
+    st.integers(0, 60),
+)
+def test_plans_are_the_schedules_of_the_blocks(count, levels, block_size, more):
+    """The steps that are left when every block has one go to blocks in proportion to what is left of these."""
+    levels_N = torch.tensor([level for level, number in levels for _ in range(number)])
+    number = len(levels_N)
+    blocks = levels_N.tolist() if block_size == "level" else [n // block_size for n in range(number)]
+    sizes = [blocks.count(block) for block in sorted(set(blocks))]
+    steps = min(len(sizes) + more, number)
+    expected, taken = [], 0
+    for block, size in enumerate(sizes):
+        left = sum(sizes[: block + 1]) - (block + 1)
+        until = (steps - len(sizes)) * left // max(1, number - len(sizes)) + block + 1
+        expected += SCHEDULES[count](size, until - taken, **({"exponent": 2.0} if count == "power" else {}))
+        taken = until
+    sampler = MaskSampler(count=count, block_size=block_size, exponent=2.0 if count == "power" else None)
+    sample_RN, zeros_13 = torch.full((1, number), 5), torch.zeros(1, number, 3, dtype=torch.int64)
+    state = sampler.start(sample_RN, levels_N[None], zeros_13, steps)
+    assert state.decide_RK[0].tolist() == expected
+    assert state.steps == steps
+
+
+@pytest.mark.parametrize("options", [{}, {"draw": "gumbel"}, {"temperature": 0.0}, {"top_p": 0.9}, {"order": "margin"}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_named(options, bad):
+    logits_NV = torch.zeros(3, 4, dtype=torch.float64)
+    logits_NV[1, 2] = bad
+    with pytest.raises(ValueError, match="logits hold NaN or Inf: check its weights"):
+        run(MaskSampler(**options), torch.full((1, 3), 4), 1, lambda row_N: logits_NV, [generator()])
+
+
+@pytest.mark.parametrize("scheduler", [AmusedScheduler(mask_token_id=4), BlockRefinementScheduler()])
+def test_schedulers_get_no_such_logits(scheduler):
+    logits_NV = torch.full((3, 4), math.nan)
+    with pytest.raises(ValueError, match="logits hold NaN or Inf"):
+        run(as_sampler(scheduler), torch.full((1, 3), 4), 1, lambda row_N: logits_NV, [generator()])
 
 
 def test_settings_survive_and_bad_ones_are_named(tmp_path):

@@ -1,11 +1,12 @@
 """Choice: logits to one token per position and what the other parts need to know of it.
 
-Shape suffixes: M positions, V local ids.
+Shape suffixes: M positions, U some of them, V local ids.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +19,28 @@ class Choice:
         token_M: int64, local ids.
         log_p_M: float64, log-probability of the token under the model, before temperature and truncation.
         best_M: int64, the most probable token, the lowest id among equals.
+        content_M, content_log_p_M: token and log-probability should the position be no stop; see `follow`.
     """
 
     def __init__(self, token_M: Tensor, log_p_MV: Tensor):
         self.token_M = token_M
         self._log_p_MV = log_p_MV
         self.log_p_M = log_p_MV.gather(-1, token_M[:, None]).squeeze(-1)
+        self.content_M, self.content_log_p_M = self.token_M, self.log_p_M
 
-    def check(self) -> None:
-        """Raises a ValueError where logits were NaN or infinite. On an accelerator that would be waited for."""
-        if bool(self.log_p_M.isnan().any()):
-            raise ValueError(
-                "the transformer's logits hold NaN or Inf: check its weights, its precision and guidance_scale"
-            )
+    def follow(self, row_U: Tensor, stop_U: Tensor, logits_MV: Tensor, uniform_U: Tensor, **truncation: Any) -> None:
+        """Prepare for positions U, which may have to be content because another of their frame is.
+
+        A token that is no stop stays, else another is drawn from what is left without it: together these follow the
+        distribution without the stop. `uniform_U` is independent of the first draw, or of shape UV as there: the
+        second largest of a Gumbel draw does not depend on which is the largest.
+        """
+        logits_UV = logits_MV[row_U].scatter(1, stop_U[:, None], -torch.inf)
+        other = choose(logits_UV, uniform_U, **truncation)
+        token_U = torch.where(self.token_M[row_U] == stop_U, other.token_M, self.token_M[row_U])
+        log_p_U = other._log_p_MV.gather(-1, token_U[:, None]).squeeze(-1)
+        self.content_M = self.content_M.index_put((row_U,), token_U)
+        self.content_log_p_M = self.content_log_p_M.index_put((row_U,), log_p_U)
 
     def to(self, device: torch.device, *names: str) -> Choice:
         """Token, log-probability and the attributes of these names on another device, in one transfer."""
@@ -110,6 +120,14 @@ def choose(
     point_M1 = torch.minimum(uniform[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
     token_M1 = torch.searchsorted(cumulative_MV, point_M1, right=True)
     return Choice(token_M1.squeeze(-1).clamp_max(log_p_MV.shape[-1] - 1), log_p_MV)  # beyond the last where NaN
+
+
+def check_finite(value_M: Tensor) -> None:
+    """Raises a ValueError if logits were NaN or +Inf; then every probability of their position is NaN."""
+    if bool(value_M.isnan().any()):
+        raise ValueError(
+            "the transformer's logits hold NaN or Inf: check its weights, its precision and guidance_scale"
+        )
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from multidiff.samplers.check import check_ids, check_settings
-from multidiff.samplers.choice import Choice, choose, gumbel
+from multidiff.samplers.choice import Choice, check_finite, choose, gumbel
 from multidiff.samplers.count import ADAPTIVE, SCHEDULES
+from multidiff.samplers.frames import Frames
 from multidiff.samplers.order import BY_MODEL, BY_PLACE
 from multidiff.samplers.remask import POSTERIOR, alphas, sigma
 
@@ -42,6 +43,7 @@ class State:
         undecided_RN: bool.
         levels_RN, coords_RN3: level and coordinates of each position.
         stop_RN: the id at each position that says that the content ends before it; -1 where none does.
+        frames: which positions stop together; None where each stops by itself.
         block_RN: number of the block that each position is in; lower ones are decided first.
         place_RN: score of each position in an order that follows from where it stands; 0 in others.
         decide_RK: how many positions a schedule decides at each step; empty for other counts.
@@ -55,6 +57,7 @@ class State:
     levels_RN: Tensor
     coords_RN3: Tensor
     stop_RN: Tensor
+    frames: Frames | None
     block_RN: Tensor
     place_RN: Tensor
     decide_RK: Tensor
@@ -194,6 +197,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         stop_RN: Tensor | None = None,
         extent_RN3: Tensor | None = None,
+        frame_RN: Tensor | None = None,
     ) -> State:
         """The state before the first step; V is read off `sample_RN`, where every position is V or -1.
 
@@ -202,6 +206,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             num_inference_steps: K; None takes the settings'.
             stop_RN: see `State`; None where length does not vary.
             extent_RN3: how far the coordinates of each position's segment extend; None takes those of the row.
+            frame_RN: number of the frame that each position is in, over all rows, from 0, negative where in none; codes
+                of a frame stop together (`multidiff.samplers.frames`). None where each stops by itself.
 
         Raises:
             ValueError: settings that do not fit these positions.
@@ -213,6 +219,13 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         check_ids(settings, mask_token_id, max(numbers), ends=stop_RN is not None)
         if extent_RN3 is None:
             extent_RN3 = (coords_RN3.amax(1, keepdim=True) + 1).expand_as(coords_RN3)
+        frames = None
+        if frame_RN is not None:
+            assert stop_RN is not None
+            ruled = self._ruled_out(sample_RN, coords_RN3, stop_RN)
+            frames = Frames.of(frame_RN.masked_fill(stop_RN < 0, -1), levels_RN, stop_RN, *ruled)
+            if bool((frames.content_RN & frames.stops_RN).any()):
+                raise ValueError(self._nothing_left("in a frame, whose codes stop together"))
         block_RN = _blocks(settings["block_size"], undecided_RN, levels_RN)
         steps = num_inference_steps or settings["num_inference_steps"] or STEPS
         plans: list[list[int]] = [[] for _ in numbers]
@@ -237,11 +250,32 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             levels_RN=levels_RN,
             coords_RN3=coords_RN3,
             stop_RN=torch.full_like(sample_RN, -1) if stop_RN is None else stop_RN,
+            frames=frames,
             block_RN=block_RN,
             place_RN=place_RN.to(device),
             decide_RK=decide_RK.to(device),
             p_RN=torch.full(sample_RN.shape, torch.nan, dtype=torch.float64, device=device),
         )
+
+    def _ruled_out(self, sample_RN: Tensor, coords_RN3: Tensor, stop_RN: Tensor) -> tuple[Tensor, Tensor]:
+        """Where settings rule out the stop, and where they rule out all else."""
+        settings, length_RN = self.config, coords_RN3[..., 0]
+        forbidden = torch.tensor(sorted(set(settings["forbidden"] or ())), dtype=torch.int64, device=stop_RN.device)
+        content_RN = torch.isin(stop_RN, forbidden)
+        stops_RN = torch.searchsorted(forbidden, stop_RN.contiguous()) == stop_RN  # as many below the stop as there are
+        if settings["min_length"] is not None:
+            content_RN = content_RN | (length_RN < settings["min_length"])
+        if settings["max_length"] is not None:
+            stops_RN = stops_RN | (length_RN >= settings["max_length"])
+        for place, token in (settings["forced"] or {}).items():
+            content_RN[:, int(place)] |= stop_RN[:, int(place)] != token
+            stops_RN[:, int(place)] |= stop_RN[:, int(place)] == token
+        there_RN = (sample_RN >= 0) & (stop_RN >= 0)
+        return content_RN & there_RN, stops_RN & there_RN
+
+    def _nothing_left(self, where: str) -> str:
+        said = ", ".join(f"{rule} {self.config[rule]}" for rule in RULES if self.config[rule] is not None)
+        return f"nothing is left to draw {where}: change {said}"
 
     def _plan(self, block_N: Tensor, steps: int) -> list[int]:
         """How many positions of a row are decided at each step: the schedule's numbers, block after block."""
@@ -292,19 +326,30 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             generator: one per row. A row takes the same numbers from its own whatever rows stand beside it.
         """
         settings, index = self.config, state.steps - 1 - int(timestep)
-        candidate_RN = _candidates(state)
+        candidate_RN, frames = _candidates(state), state.frames
         per_token = settings["draw"] == "gumbel"
-        numbers = 1 + model_output.shape[-1] if per_token else 2
+        numbers = 1 + model_output.shape[-1] if per_token else 2 if frames is None else 3
         uniform_MX = _uniform(where.sum(1).tolist(), numbers, generator)
         order_M, draw = (uniform_MX[:, 0], uniform_MX[:, 1:]) if per_token else (uniform_MX[:, 1], uniform_MX[:, 0])
         order_M, draw = order_M.to(sample_RN.device), draw.to(model_output.device, non_blocking=True)
         truncation = {key: settings[key] for key in ("temperature", "top_k", "top_p", "typical_p")}
+        later_M = torch.zeros_like(order_M, dtype=torch.bool)
+        if frames is not None:
+            content_RN, stops_RN = frames.decided(sample_RN, state.mask_token_id)
+            model_output = frames.restrict(model_output, content_RN[where], stops_RN[where], state.stop_RN[where])
+            later_M = (frames.later(where) & ~content_RN & ~stops_RN)[where]
         logits_MV, left_M = self._restricted(model_output, sample_RN, where, state)
-        choice = choose(logits_MV, draw, **truncation).to(sample_RN.device, *self._read())
+        choice = choose(logits_MV, draw, **truncation)
+        if bool(later_M.any()):
+            row_U = torch.nonzero(later_M).flatten()
+            again = uniform_MX[:, 1:] if per_token else uniform_MX[:, 2]
+            parts = (row_U, state.stop_RN[where][row_U], again[row_U.to(again.device)])
+            row_U, stop_U, uniform_U = (part.to(logits_MV.device, non_blocking=True) for part in parts)
+            choice.follow(row_U, stop_U, logits_MV, uniform_U, **truncation)
+        choice = choice.to(sample_RN.device, *self._read(state))
         if left_M is not None and not bool(left_M.all()):
-            said = ", ".join(f"{rule} {settings[rule]}" for rule in RULES if settings[rule] is not None)
-            raise ValueError(f"nothing is left to draw at a position: change {said}")
-        choice.check()
+            raise ValueError(self._nothing_left("at a position"))
+        check_finite(choice.log_p_M)
 
         if settings["count"] == "ancestral":
             decide_RN, remask_RN = self._posterior(index, candidate_RN, where, order_M, state, generator)
@@ -320,18 +365,27 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             p_RN[where] = torch.where(state.undecided_RN[where], choice.log_p_M.exp(), choice.best_p_M)
             surer_RN = torch.zeros_like(where).masked_scatter(where, choice.best_p_M >= settings["edit_threshold"])
             decide_RN = decide_RN | (surer_RN & ~state.undecided_RN & (token_RN != sample_RN))
+        if frames is not None:
+            content_RN, stops_RN = frames.follow(decide_RN & state.undecided_RN, token_RN)
+            token_RN, p_RN = token_RN.where(~stops_RN, state.stop_RN), p_RN.masked_fill(stops_RN, 1.0)
+            content_M = content_RN[where]
+            token_RN[content_RN], p_RN[content_RN] = (
+                choice.content_M[content_M],
+                choice.content_log_p_M[content_M].exp(),
+            )
         sample_RN = torch.where(decide_RN, token_RN, sample_RN).masked_fill(remask_RN, state.mask_token_id)
         p_RN = torch.where(decide_RN, p_RN, state.p_RN).masked_fill(remask_RN, torch.nan)
         undecided_RN = state.undecided_RN & ~decide_RN | remask_RN
         return SamplerOutput(sample_RN, replace(state, undecided_RN=undecided_RN, p_RN=p_RN))
 
-    def _read(self) -> list[str]:
-        """What the order, the count and remasking look at beside the token and its probability."""
+    def _read(self, state: State) -> list[str]:
+        """What the order, the count, remasking and frames look at beside the token and its probability."""
         order, count, remask = (self.config[name] for name in ("order", "count", "remask"))
         return [
             *(["margin_M"] if order == "margin" else []),
             *(["entropy_M"] if order == "entropy" or count == "entropy_bound" else []),
             *(["best_M", "best_p_M"] if remask == "edit" else []),
+            *([] if state.frames is None else ["content_M", "content_log_p_M"]),
         ]
 
     def _restricted(
