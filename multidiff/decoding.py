@@ -57,7 +57,8 @@ class Run:
         scales: guidance scale by tokenizer whose given segments guide; "" for all of them together.
         documents: of each row.
         place_RN: flat position in B·L; 0 at padding.
-        inside_RN: where a stop cannot be drawn: before the end of codes whose end is known.
+        inside_RN: where a stop cannot be drawn: before the end of codes whose end is known. Elsewhere the sampler keeps
+            the codes of a frame together.
         sample_RN, state: as the sampler has them.
         fresh_R: whether the row has changed since its last forward pass.
         block_R: the block that the row was in at its last whole forward pass; -1 before.

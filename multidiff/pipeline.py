@@ -175,7 +175,10 @@ class MultiDiffPipeline(DiffusionPipeline):
                 with that tokenizer's masked. A document without any is not guided by a saved scale, and refused with
                 one that is asked for here.
             generator: one per document, for samples that do not depend on the batch; or one for all; None draws a
-                fresh seed. torch's global generator is never touched.
+                fresh seed. torch's global generator is never touched. A document takes the same random numbers alone
+                and in any batch, so its sample is the same up to the rounding of the forward pass: practically always
+                in fp32 and fp64; in bf16, kernels for another batch size may round a probability to the other side of
+                a decision.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"documents": …})` after every step, with
                 the documents as lists of `multidiff.sequence.Segment`, `known_N` True where decided.
             trace: also return what was decided when.

@@ -76,6 +76,17 @@ def test_no_frame_stops_in_part(sampler):
             assert bool((part.codes.ids_N < torch.tensor(SIZES)[part.codes.levels_N]).all())
 
 
+def test_documents_beside_it_change_nothing():
+    """Not even where a document has nothing that could stop."""
+    pipe = make({"speech": Frames(SIZES)}, {"speech": MaskSampler(order="random", num_inference_steps=2)})
+    codes = pipe.tokenizers["speech"].encode([[0, 0, 0, 1, 1, 1]])[0]
+    documents = [[Partial("speech", codes, torch.arange(6) % 3 == 0)], [Blank("speech", frames=9)]]
+    together = pipe(documents, generator=[generator(1), generator(2)])
+    for index, document in enumerate(documents):
+        (alone,) = pipe([document], generator=[generator(index + 1)]).documents
+        assert alone[0].item == together.documents[index][0].item
+
+
 def drive(sampler, p_NV, steps, number, seed=0, frames=1):
     """`number` rows of `frames` frames whose codes have these probabilities whatever else stands there; id 2 stops.
 

@@ -92,6 +92,11 @@ def test_ends_cut_at_level_zero():
     assert codes.size == {"frames": 2}
 
 
+def test_units():
+    given = segments([("speech", [1, 1, 2, 2]), ("note", [0]), ("picture", [0] * 6), ("speech", [])], slack=2)
+    assert [SEQUENCER.unit(segment) for segment in given] == [2, 1, 1, 2]
+
+
 def test_divisor_counts_codes_and_one_end():
     batch = SEQUENCER.batch([segments([("speech", [1, 1, 2, 2]), ("picture", [0] * 6)], slack=3)])
     assert batch.divisor_S.tolist() == [5, 6]

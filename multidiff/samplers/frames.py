@@ -8,8 +8,9 @@ residual levels, is content or stops as a whole. Each code has a stop of its own
   stops. What the model thinks of the rest is renormalised;
 - of codes that are decided in the same step, the one of the lowest level decides as if alone, and the others follow.
 
-So with one code a step every draw is from the model's own conditional, restricted to what its frame can still be. Where
-codes of a frame are independent of each other once it is known whether it stops, so are draws in the same step exact.
+So with one code a step, every draw is from the model's own conditional, restricted to what its frame can still be.
+Draws in the same step are exact too where the codes of a frame are independent once it is known whether it stops. What
+counts and orders look at is the free draw. Editing never turns content into a stop, nor a stop into content.
 
 Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row; V local ids, F frames, U some of M.
 """

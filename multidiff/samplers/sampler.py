@@ -2,6 +2,7 @@
 
 One row per document, one column per code that was unknown at the start, local ids, V the largest level's span. A
 masked position holds V, padding -1. All that changes lives in `State`, so one sampler may serve many runs at once.
+Codes that share a unit of varying length stop together or not at all (`multidiff.samplers.frames`).
 
 Shape suffixes: R rows, N columns, K steps, M = positions of `where_RN`, row by row; V local ids, 3 axes.
 """

@@ -35,7 +35,8 @@ class SchedulerState(State):
 class SchedulerSampler(MaskSampler):
     """Hands rows to an `AmusedScheduler` (MaskGIT) or a `BlockRefinementScheduler` (LLaDA 2), one at a time.
 
-    Of `MaskSampler`'s settings only those that the pipeline reads have a meaning: steps, guidance and canvas.
+    Of `MaskSampler`'s settings only those that the pipeline reads have a meaning: steps, guidance and canvas. Codes of
+    a frame stop together here too: a decision that contradicts another of the same step is drawn again.
     """
 
     def __init__(self, scheduler: AmusedScheduler | BlockRefinementScheduler):
