@@ -88,7 +88,7 @@ def test_one_validation_document_is_enough(of_ranks):
 
 def test_fewer_documents_than_ranks_is_an_error_on_every_rank(of_ranks):
     for results in of_ranks:
-        assert "few has 1 training documents, fewer than the 2 processes that train" in results["too few documents"]
+        assert "has fewer items (1) than there are processes that train (2)" in results["too few documents"]
 
 
 def test_continuing_with_another_number_of_ranks_or_another_batch_size_is_refused(folder, of_ranks):

@@ -120,11 +120,6 @@ class DocumentData(BatchedData):
     def train_dataloader(self) -> StatefulDataLoader:
         rank, ranks = self.rank()
         documents = self.documents("train")
-        if len(documents) < ranks:
-            raise ValueError(
-                f"{self.folder} has {len(documents)} training documents, fewer than the {ranks} processes that train. "
-                f"Set trainer.devices and num_nodes so that there are at most {len(documents)}."
-            )
         order = ShuffledBatches(len(documents), self.batch_size, self.seed, rank, ranks)
         return self._loader(documents, order)
 
@@ -209,12 +204,20 @@ class Documents(torch.utils.data.Dataset):
 
 
 class ShuffledBatches(Sampler[list[tuple[int, int]]]):
-    """(epoch, index) of the documents of each batch: shuffled anew every epoch, split over ranks, resumable.
+    """(epoch, index) of the documents of each batch: shuffled again every epoch, split over ranks, resumable.
 
     What does not fill a batch on every rank is left to other epochs. Its state is two numbers.
+
+    Raises:
+        ValueError: fewer documents than ranks.
     """
 
     def __init__(self, documents: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
+        if documents < ranks:
+            raise ValueError(
+                f"the training split has fewer items ({documents}) than there are processes that train ({ranks}). Set "
+                f"trainer.devices and num_nodes so that there are at most {documents}."
+            )
         self.documents, self.seed, self.rank, self.ranks = documents, seed, rank, ranks
         self.batch_size = min(batch_size, max(1, documents // ranks))
         self.epoch, self.batch = -1, 0

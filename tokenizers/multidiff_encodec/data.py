@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from multidiff.data.folder import read_metadata
-from multidiff.data.module import ShuffledBatches
+from multidiff.data.module import BatchedData, ShuffledBatches
 from multidiff.seeding import generator_for
 from multidiff_sound.sound import read_sound, to_mono
 
 
-class SoundData(LightningDataModule):
+class SoundData(BatchedData):
     """The sounds that a data folder's `metadata.jsonl` names, each once an epoch, as float32 [B, 1, T].
 
     A longer sound is cut at random, a shorter one placed at random in silence, and each made quieter at random; the
@@ -80,7 +79,7 @@ class SoundData(LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         sounds = _Cuts(self._paths("train"), self._known_rate(), self.samples, self.quieter, self.seed)
-        batches = ShuffledBatches(len(sounds), self.batch_size, self.seed, *self._rank())
+        batches = ShuffledBatches(len(sounds), self.batch_size, self.seed, *self.rank())
         return self._loader(sounds, batches)
 
     def val_dataloader(self) -> StatefulDataLoader:
@@ -90,8 +89,8 @@ class SoundData(LightningDataModule):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> StatefulDataLoader:
-        sounds, (rank, ranks) = _Middles(self._paths(split), self._known_rate(), self.samples), self._rank()
-        keys = [(0, index) for index in range(rank, len(sounds), ranks)]
+        sounds, (rank, ranks) = _Middles(self._paths(split), self._known_rate(), self.samples), self.rank()
+        keys = [(0, index) for index in range(rank, len(sounds), ranks)] or [(0, 0)]  # or others would wait for it
         batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
         return self._loader(sounds, batches)
 
@@ -105,9 +104,6 @@ class SoundData(LightningDataModule):
                 "SoundData takes its sample_rate from EncodecTraining: give both to the trainer, or set it"
             )
         return self._rate
-
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _paths(self, split: str) -> list[Path]:
         records = read_metadata(self.folder, [split])

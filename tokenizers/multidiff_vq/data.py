@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from multidiff.data.folder import read_metadata
-from multidiff.data.module import ShuffledBatches
+from multidiff.data.module import BatchedData, ShuffledBatches
 from multidiff.seeding import generator_for
 from multidiff.tokenizer import ItemError
 from multidiff_vq.pictures import MODES, convert, naming, read_picture, read_size, to_pixels
 from multidiff_vq.resize import Resize, Resizer, misfit
 
 
-class PictureData(LightningDataModule):
+class PictureData(BatchedData):
     """The pictures that a data folder's `metadata.jsonl` names, each once, as uint8 [B, C, H, W].
 
     Files are read and resized as `VQTokenizer` does it, so that the trained tokenizer takes the same files.
@@ -104,7 +103,7 @@ class PictureData(LightningDataModule):
         return self._suited
 
     def train_dataloader(self) -> StatefulDataLoader:
-        pictures, rank = self._pictures("train"), self._rank()
+        pictures, rank = self._pictures("train"), self.rank()
         if self.resize == "fit":
             batches = BatchesBySize(pictures.by_size(), self.batch_size, self.seed, *rank)
         else:
@@ -118,19 +117,16 @@ class PictureData(LightningDataModule):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> StatefulDataLoader:
-        pictures, (rank, ranks) = self._pictures(split), self._rank()
+        pictures, (rank, ranks) = self._pictures(split), self.rank()
         groups = pictures.by_size() if self.resize == "fit" else [list(range(len(pictures)))]
         mine = [[(0, index) for index in group[rank::ranks]] for group in groups]
         size = self.batch_size
-        batches = [keys[start : start + size] for keys in mine for start in range(0, len(keys), size)]
+        batches = [keys[start : start + size] for keys in mine for start in range(0, len(keys), size)] or [[(0, 0)]]
         return self._loader(pictures, batches)
 
     def _loader(self, pictures: Dataset, batches: Any) -> StatefulDataLoader:
         alone = torch.Generator()  # leaves the global one alone
         return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
-
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _pictures(self, split: str) -> _Pictures:
         records = read_metadata(self.folder, [split])
