@@ -164,13 +164,16 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
             yield beside
             for path in [*beside.rglob("*"), beside]:
                 _sync(path)
-            if not place.exists():
+            try:
                 beside.rename(place)
-            elif replace:
-                _exchange(beside, place)
+            except OSError:
+                if not place.exists():
+                    raise
+                if replace:
+                    _exchange(beside, place)
             _sync(place.parent)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            _remove(beside)
             unlock(lock)
 
 
@@ -184,10 +187,7 @@ def remove_partial(place: Path) -> None:
             lock = lock_file(left)
         except OSError:  # somebody works on it, or has just removed it
             continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        _remove(left)
         unlock(lock)
 
 
@@ -236,6 +236,14 @@ def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int
         if beside.exists():
             return beside, lock
         unlock(lock)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the file that stood in its place, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchange(new: Path, old: Path) -> None:
