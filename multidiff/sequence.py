@@ -15,6 +15,7 @@ Shape suffixes: N codes of a segment, B rows, L row length, S segments of a batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from multidiff.tokenizer import Codes, ModalityTokenizer
 from multidiff.vocabulary import BOS, PAD, SharedVocabulary
+
+MAX_CODES = 2**20  # of a segment: no model attends to half an hour of sound at 600 codes a second
 
 
 @dataclass
@@ -110,6 +113,7 @@ class Sequencer:
         key = (name, *sorted(size.items()))
         if key not in self._canvases:
             self.vocabulary.layout(name)
+            self._check_size(name, size)
             if len(self._canvases) == 256:  # long texts come in thousands of sizes
                 self._canvases.clear()
             try:
@@ -117,6 +121,21 @@ class Sequencer:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"canvas of {name} of size {dict(size)}: {error}") from None
         return self._canvases[key]
+
+    def _check_size(self, name: str, size: Mapping[str, int]) -> None:
+        """Refuse a size too large to allocate. Codes are in proportion to it, so the default canvas tells how many."""
+        if not size:
+            return
+        default = self.canvas(name, {})
+        sizes = {**default.size, **size}
+        if not all(isinstance(number, int) for number in sizes.values()):
+            return  # the tokenizer says what is wrong with it
+        codes = max(1, len(default)) * math.prod(sizes.values()) // max(1, math.prod(default.size.values()))
+        if codes > MAX_CODES:
+            raise ValueError(
+                f"canvas of {name} of size {dict(size)}: it has {codes:,} codes, more than the {MAX_CODES:,} that a "
+                "segment may have; make it smaller"
+            )
 
     def given(self, name: str, codes: Codes, slack: int = 1) -> Segment:
         """A known segment; `slack` ≥ 1 units of stops follow its codes where its length varies."""
