@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multidiff import Audio, Codes, ModalityTokenizer, plugins
-from multidiff.data.folder import file_state, read_metadata
+from multidiff.data.folder import file_states, read_metadata
 from multidiff_encodec.mel import MelLoss
 from multidiff_sound import SoundTokenizer
 from multidiff_sound.sound import to_mono
@@ -51,7 +51,8 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
     made.to("cuda" if torch.cuda.is_available() else "cpu")
     values = _values(arguments, arguments.split)[: arguments.num]
     # In the order in which a data folder is tokenized.
-    values.sort(key=lambda value: file_state(arguments.data, value)[0], reverse=True)
+    states = file_states(arguments.data, values)
+    values.sort(key=lambda value: states.get(str(value), (0, 0))[0], reverse=True)
     items = [made.read(value, arguments.data) for value in tqdm(values, desc="reading", leave=False)]
     if isinstance(made, VQTokenizer):  # what is restored has the size that was encoded
         items = [made.prepared(item) for item in items]

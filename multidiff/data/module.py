@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset
@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from multidiff import plugins
 from multidiff.data import tokenized
+from multidiff.data.length import LongDocuments, Selection, select
 from multidiff.seeding import generator_for
 from multidiff.sequence import Segment, Sequencer, TokenBatch
 from multidiff.tokenizer import Codes
@@ -71,6 +72,13 @@ class DocumentData(BatchedData):
             length, by tokenizer name; drawn uniformly from 1. What is not named gets a quarter of its length.
         cache: where codes are kept; null means `.tokenized` in the data folder.
         on_error: "raise", or "skip" documents that cannot be read and say how many.
+        max_document_length: most tokens of a document: `<bos>`, two structure tokens a segment, and its codes, without
+            the stops that slack adds. Attention is dense, so memory grows with its square. Null means no limit.
+        long_documents: what a longer document does. "raise" stops with its file and line. "skip" leaves it out and says
+            how many there are. "crop" cuts its segments of varying length at their ends, the longest most, and forgets
+            the rest. "split" makes several documents of one that is a single segment of varying length, and keeps all
+            codes. Cuts lie between tokens or frames, and no stops follow them, for the item goes on. What cannot be
+            cropped or split raises.
         num_workers: processes that read files and build batches.
         seed: of order and slack.
     """
@@ -84,12 +92,18 @@ class DocumentData(BatchedData):
         slack: dict[str, int] | None = None,
         cache: str | None = None,
         on_error: tokenized.OnError = "raise",
+        max_document_length: int | None = 8192,
+        long_documents: LongDocuments = "raise",
         num_workers: int = 0,
         seed: int = 0,
     ):
         super().__init__()
         if batch_size < 1 or (row_length is not None and row_length < 1):
             raise ValueError(f"batch_size {batch_size} and row_length {row_length} must be at least 1")
+        if max_document_length is not None and max_document_length < 1:
+            raise ValueError(f"max_document_length {max_document_length} must be at least 1, or null for no limit")
+        if long_documents not in get_args(LongDocuments):
+            raise ValueError(f"long_documents {long_documents!r} is none of {', '.join(get_args(LongDocuments))}")
         for name, units in (slack or {}).items():
             if name not in tokenizers or units < 1:
                 raise ValueError(f"slack {name}: {units}: name one of {', '.join(tokenizers)} and at least 1")
@@ -98,6 +112,8 @@ class DocumentData(BatchedData):
         self.slack = slack or {}
         self.cache = Path(cache) if cache else None
         self.on_error: tokenized.OnError = on_error
+        self.max_document_length = max_document_length
+        self.long_documents: LongDocuments = long_documents
         self.tokenizers = plugins.build(tokenizers)
         for name in self.slack:
             if not self.tokenizers[name].variable_length:
@@ -105,12 +121,15 @@ class DocumentData(BatchedData):
         self.vocabulary = SharedVocabulary.of(self.tokenizers)
         self.sequencer = Sequencer(self.tokenizers, self.vocabulary)
         self.shards: Path | None = None
+        self._prepared: Path | None = None
+        self._documents: dict[tuple[Path, str], Documents] = {}
 
     def prepare_data(self) -> None:
-        self._shards()
+        self._prepared = self._shards()
 
     def setup(self, stage: str) -> None:
-        self.shards = self._shards()
+        # Parsing and verifying take seconds for a large folder: once a process is enough.
+        self.shards, self._prepared = self._prepared or self._shards(), None
 
     def _shards(self) -> Path:
         return tokenized.shards(
@@ -149,8 +168,13 @@ class DocumentData(BatchedData):
 
     def documents(self, split: str) -> Documents:
         """The documents of a split, as segments; (epoch, index) addresses one, the epoch drawing its slack."""
-        place = self.shards or self._shards()
-        return Documents(tokenized.open_split(place, split), self.sequencer, self.slack, self.seed)
+        key = (self.shards or self._shards(), split)
+        if key not in self._documents:
+            rows = tokenized.open_split(*key)
+            metadata = self.folder / "metadata.jsonl"
+            selection = select(rows, split, self.tokenizers, self.max_document_length, self.long_documents, metadata)
+            self._documents[key] = Documents(rows, self.sequencer, self.slack, self.seed, selection)
+        return self._documents[key]
 
     def _collate(self, documents: list[list[Segment]]) -> TokenBatch:
         batch = self.sequencer.batch(documents, self.row_length)
@@ -166,40 +190,53 @@ class StandIn(list[Segment]):
 class Documents(torch.utils.data.Dataset):
     """Tokenized documents as lists of segments."""
 
-    def __init__(self, rows: Dataset, sequencer: Sequencer, slack: Mapping[str, int], seed: int):
-        self.rows, self.sequencer, self.slack, self.seed = rows, sequencer, slack, seed
+    def __init__(self, rows: Dataset, sequencer: Sequencer, slack: Mapping[str, int], seed: int, selection: Selection):
+        self.rows, self.sequencer, self.slack, self.seed, self.selection = rows, sequencer, slack, seed, selection
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.selection.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Segment]:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[list[Segment]]:
-        columns = self.rows[[index for _, index in keys]]
-        rows = zip(keys, columns["names"], columns["ids"], columns["sizes"], strict=True)
-        documents = [self._document(generator_for(self.seed, *key), *row) for key, *row in rows]
-        return [StandIn(one) if key[0] == STAND_IN else one for key, one in zip(keys, documents, strict=True)]
+        rows = self._rows([index for _, index in keys])
+        return [
+            (StandIn if key[0] == STAND_IN else list)(self._document(generator_for(self.seed, *key), *row))
+            for key, row in zip(keys, rows, strict=True)
+        ]
 
     def codes(self, index: int) -> list[tuple[str, Codes]]:
         """The codes of a document, with the names of their tokenizers."""
-        row = self.rows[index]
-        return [self._codes(*part) for part in zip(row["names"], row["ids"], row["sizes"], strict=True)]
+        ((names, ids, sizes, _),) = self._rows([index])
+        return [self._codes(*part) for part in zip(names, ids, sizes, strict=True)]
+
+    def _rows(self, indices: Sequence[int]) -> list[tuple[list[str], list[list[int]], list[str], list[bool]]]:
+        """names, ids, sizes and whether the item ends there, of the segments of each document."""
+        columns = self.rows[[self.selection.rows[index] for index in indices]]
+        rows = []
+        for index, names, ids, sizes in zip(indices, columns["names"], columns["ids"], columns["sizes"], strict=True):
+            ends = [True] * len(names)
+            if parts := self.selection.parts.get(index):
+                ids = [codes[part.start : part.stop] for codes, part in zip(ids, parts, strict=True)]
+                sizes, ends = [part.size for part in parts], [part.ends for part in parts]
+            rows.append((names, ids, sizes, ends))
+        return rows
 
     def _codes(self, name: str, ids: list[int], size: str) -> tuple[str, Codes]:
         canvas = self.sequencer.canvas(name, json.loads(size))
         return name, Codes(torch.tensor(ids, dtype=torch.int64), canvas.levels_N, canvas.coords_N3, canvas.size)
 
     def _document(
-        self, generator: torch.Generator, names: list[str], ids: list[list[int]], sizes: list[str]
+        self, generator: torch.Generator, names: list[str], ids: list[list[int]], sizes: list[str], ends: list[bool]
     ) -> list[Segment]:
         segments = []
-        for part in zip(names, ids, sizes, strict=True):
-            name, codes = self._codes(*part)
+        for name, of_segment, size, end in zip(names, ids, sizes, ends, strict=True):
+            _, codes = self._codes(name, of_segment, size)
             length = next(iter(codes.size.values()), 0)
             most = self.slack.get(name, max(1, -(-length // 4)))
             slack = int(torch.randint(1, most + 1, (), generator=generator))
-            segments.append(self.sequencer.given(name, codes, slack))
+            segments.append(self.sequencer.given(name, codes, slack if end else 0))
         return segments
 
 

@@ -1,15 +1,16 @@
-"""A data folder tokenized once: shards of codes beside it, made again only when something they depend on changes.
+"""A data folder tokenized once: shards of codes beside it, made again when something they depend on changes.
 
 Reading happens in loader workers, encoding in `Trainer.predict`, so that devices are Lightning's business. Shards are
-Hugging Face `datasets` on disk, memory-mapped.
+Hugging Face `datasets` on disk, memory-mapped. They are only a cache: damaged ones are made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
+import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
-from multidiff.data.folder import SPLITS, Record, file_state, read_metadata
+from multidiff import files
+from multidiff.data import manifest
+from multidiff.data.folder import SPLITS, Record, file_states, metadata_bytes, parse_metadata
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 from multidiff.vocabulary import SharedVocabulary
 
@@ -29,7 +32,10 @@ OnError = Literal["raise", "skip"]
 _ITEMS_PER_BATCH = 256
 _BYTES_PER_BATCH = 2**24  # of files; what is read of them is often ten times as large
 _DOCUMENTS_PER_SHARD = 16_384
-_FORMAT = 1
+_FORMAT = 2
+_LOUD_SHARE = 0.1  # of a split's documents: more left out than this is a warning
+
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 def shards(
@@ -52,73 +58,97 @@ def shards(
         num_workers: processes that read files.
 
     Raises:
-        ValueError: a damaged `metadata.jsonl`, an unknown tokenizer name, a bad item under "raise".
+        ValueError: a damaged `metadata.jsonl`, an unknown tokenizer name, a bad item under "raise", a cache that cannot
+            be written, damaged shards that cannot be made again.
     """
-    records = read_metadata(folder)
+    path, content = folder / "metadata.jsonl", metadata_bytes(folder)
+    records = parse_metadata(content, path)
     for record in records:
         for name, _ in record.segments:
             if name not in tokenizers:
                 raise ValueError(
-                    f"{folder / 'metadata.jsonl'}, line {record.line}: no tokenizer is called {name!r}; "
+                    f"{path}, line {record.line}: no tokenizer is called {name!r}; "
                     f"the configuration has {', '.join(tokenizers)}"
                 )
-    place = (cache or folder / ".tokenized") / _address(folder, records, vocabulary, on_error)
-    if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".making.", dir=place.parent))
+    states = file_states(folder, (value for record in records for _, value in record.segments))
+    cache = cache or folder / ".tokenized"
+    place = cache / _address(content, states, vocabulary, on_error)
+    _sweep(cache)
+    damage = ""
+    if os.path.lexists(place):
         try:
-            beside.chmod(0o755)
-            _tokenize(folder, records, tokenizers, beside, on_error, num_workers)
-            try:
-                beside.rename(place)
-            except OSError:
-                if not place.is_dir():  # else another run was quicker
-                    raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    _report(place)
+            _report(place, manifest.verify(place)["counts"])
+            return place
+        except ValueError as error:
+            damage = str(error)
+            _warn(f"{damage}. The shards in {place} are only a cache and are made again.")
+    try:
+        with files.whole_folder(place, replace=bool(damage)) as beside:
+            counts = _tokenize(folder, records, states, tokenizers, beside, on_error, num_workers)
+            manifest.write(beside, place.name, counts)
+    except ValueError as error:
+        if damage:
+            raise ValueError(
+                f"{error}. The shards in {place} are damaged ({damage}) and were not made again; delete that folder."
+            ) from error
+        raise
+    _report(place, counts)
     return place
 
 
 def open_split(place: Path, split: str) -> Dataset:
-    """The documents of a split: rows of "line", "names", "ids" (int32 lists) and "sizes" (JSON).
+    """The documents of a split: rows of "line", "length" (tokens), "names", "ids" (int32 lists) and "sizes" (JSON).
 
     Raises:
         ValueError: the split is empty.
     """
-    parts = sorted((place / split).glob("part-*"))
+    content = manifest.read(place)
+    parts = sorted({str(Path(name).parent) for name in content["files"] if name.startswith(f"{split}/")})
     if not parts:
-        skipped = len(json.loads((place / "skipped.json").read_text(encoding="utf-8")))
-        hint = f"{skipped} documents were left out, see {place / 'skipped.json'}" if skipped else "give some lines it"
-        raise ValueError(f"no document of split {split!r} in metadata.jsonl: {hint}")
-    datasets = [load_from_disk(str(part)) for part in parts]
+        left_out = content["counts"][split]["left_out"]
+        raise ValueError(
+            f"All {left_out} documents of split {split!r} were left out because they cannot be read. "
+            f"{place / 'skipped.json'} says why."
+            if left_out
+            else f'metadata.jsonl has no documents in split {split!r}. Set "split": "{split}" on at least one line.'
+        )
+    datasets = [load_from_disk(str(place / part)) for part in parts]
     return concatenate_datasets([dataset for dataset in datasets if isinstance(dataset, Dataset)])
 
 
-def _address(folder: Path, records: Sequence[Record], vocabulary: SharedVocabulary, on_error: OnError) -> str:
+def _address(
+    content: bytes, states: Mapping[str, tuple[int, int]], vocabulary: SharedVocabulary, on_error: OnError
+) -> str:
     """Hash of all that decides the shards: the lines, the files they name, the tokenizers."""
     digest = hashlib.sha256(f"{_FORMAT} {on_error} {vocabulary.fingerprint}".encode())
-    digest.update((folder / "metadata.jsonl").read_bytes())
-    for value in {value: None for record in records for _, value in record.segments if isinstance(value, str)}:
-        if any(state := file_state(folder, value)):
-            digest.update(f"{value} {state[0]} {state[1]}".encode())
+    digest.update(content)
+    digest.update("\0".join(f"{value} {size} {written}" for value, (size, written) in states.items()).encode())
     return digest.hexdigest()[:24]
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed processes left in the cache, also of shards that nobody asks for any more."""
+    for left in cache.glob(".*.partial"):
+        if made := re.match(r"\.([0-9a-f]{24})\.", left.name):
+            files.remove_partial(cache / made[1])
 
 
 def _tokenize(
     folder: Path,
     records: Sequence[Record],
+    states: Mapping[str, tuple[int, int]],
     tokenizers: Mapping[str, ModalityTokenizer],
     place: Path,
     on_error: OnError,
     num_workers: int,
-) -> None:
+) -> dict[str, dict[str, int]]:
+    """Write the shards; returns how many documents of each split were "kept" and "left_out"."""
     # Documents often share items (a sound in several contexts): each is encoded once.
     items: dict[str, dict[str, _Source]] = {name: {} for name in tokenizers}
     for record in records:
         for name, value in record.segments:
             items[name].setdefault(_key(value), _Source(name, value, record.line))
-    batches = [batch for some in items.values() for batch in _batches(folder, list(some.values()))]
+    batches = [batch for some in items.values() for batch in _batches(states, list(some.values()))]
     rank_zero_info(f"Tokenizing {len(records)} documents of {folder}, once: {sum(map(len, batches))} items.")
     encoder = _Encoder(tokenizers, folder, on_error)
     loader = DataLoader(
@@ -135,16 +165,16 @@ def _tokenize(
     known: dict[tuple[str, str], _Row | ItemError] = {}
     for part in trainer.predict(encoder, loader) or ():
         known |= part  # pyright: ignore[reportOperatorIssue]
-    _write(place, folder, records, known)
+    return _write(place, folder, records, known)
 
 
-def _batches(folder: Path, sources: list[_Source]) -> list[list[_Source]]:
+def _batches(states: Mapping[str, tuple[int, int]], sources: list[_Source]) -> list[list[_Source]]:
     """Sources in batches for `encode`, from the largest file to the smallest.
 
     Many at once and of like size, so that there are many of the same length: codecs fill the rest of a batch up. The
     largest first, so that what is too large is met early.
     """
-    sizes = [file_state(folder, source.value)[0] for source in sources]
+    sizes = [states.get(source.value, (0, 0))[0] if isinstance(source.value, str) else 0 for source in sources]
     batches: list[list[_Source]] = []
     room = 0
     for size, source in sorted(zip(sizes, sources, strict=True), key=lambda pair: pair[0], reverse=True):
@@ -194,6 +224,10 @@ class _Reader(torch.utils.data.Dataset):
             return self.tokenizers[source.name].read(source.value, self.folder)
         except ItemError as error:
             return error
+        except (OSError, ValueError) as error:  # a name that is too long, no permission, a damaged disk
+            value = _key(source.value)
+            shown = value if len(value) <= 100 else f"{value[:100]}…"
+            return ItemError(f"{shown} cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 class _Row(NamedTuple):
@@ -229,8 +263,8 @@ class _Encoder(LightningModule):
         for index, (source, _) in enumerate(batch):
             codes = results[index]
             if isinstance(codes, ItemError) and self.on_error == "raise":
-                message = _complaint(self.folder, source.line, codes)
-                raise ValueError(f"{message} (on_error: skip leaves such documents out)")
+                message = _complaint(self.folder, source.line, codes).rstrip(".")
+                raise ValueError(f"{message}. Or set on_error: skip to leave such documents out.")
             row = codes if isinstance(codes, ItemError) else _Row(codes.ids_N.int().numpy(), json.dumps(codes.size))
             rows[name, _key(source.value)] = row
         return rows
@@ -259,13 +293,15 @@ def _complaint(folder: Path, line: int, error: ItemError) -> str:
 
 def _write(
     place: Path, folder: Path, records: Sequence[Record], known: Mapping[tuple[str, str], _Row | ItemError]
-) -> None:
+) -> dict[str, dict[str, int]]:
     """Shards of each split, and a report of the documents left out."""
     errors = []
-    rows: dict[str, list[dict[str, Any]]] = {str(split): [] for split in SPLITS}
+    counts = {split: {"kept": 0, "left_out": 0} for split in SPLITS}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for record in records:
         codes = [known[name, _key(value)] for name, value in record.segments]
         bad = [one for one in codes if isinstance(one, ItemError)]
+        counts[record.split]["left_out" if bad else "kept"] += 1
         if bad:
             errors.append(_complaint(folder, record.line, bad[0]))
             continue
@@ -273,6 +309,7 @@ def _write(
         rows[record.split].append(
             {
                 "line": record.line,
+                "length": 1 + sum(2 + len(one.ids) for one in good),  # <bos>, each segment's begin and end, the codes
                 "names": [name for name, _ in record.segments],
                 "ids": [one.ids for one in good],
                 "sizes": [one.size for one in good],
@@ -283,11 +320,25 @@ def _write(
             shard = Dataset.from_list(of_split[start : start + _DOCUMENTS_PER_SHARD])
             shard.save_to_disk(str(place / split / f"part-{number:05d}"))
     (place / "skipped.json").write_text(json.dumps(errors, indent=2), encoding="utf-8")
+    return counts
 
 
-def _report(place: Path) -> None:
-    errors = json.loads((place / "skipped.json").read_text(encoding="utf-8"))
-    if errors:
-        rank_zero_info(f"Left out {len(errors)} documents that cannot be read, listed in {place / 'skipped.json'}:")
-        for message in errors[:3]:
-            rank_zero_info(f"  {message}")
+def _report(place: Path, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Say what was left out, loudly where it is much of a split."""
+    left_out = sum(count["left_out"] for count in counts.values())
+    if not left_out:
+        return
+    rank_zero_info(f"Left out {left_out} documents that cannot be read, listed in {place / 'skipped.json'}:")
+    for message in json.loads(files.read_text(place / "skipped.json"))[:3]:
+        rank_zero_info(f"  {message}")
+    for split, count in counts.items():
+        warn_of_share(split, count["left_out"], sum(count.values()), f"see {place / 'skipped.json'}")
+
+
+def warn_of_share(split: str, left_out: int, documents: int, see: str) -> None:
+    """Warn where more than a tenth of a split's documents is left out."""
+    if left_out > _LOUD_SHARE * documents:
+        _warn(
+            f"WARNING: {left_out / documents:.0%} of split {split!r} is left out, {left_out} of {documents} documents; "
+            f"{see}."
+        )
