@@ -144,10 +144,10 @@ def _parse(line: bytes, number: int, path: Path) -> Record:
 
 def _fault(line: bytes, error: ValueError) -> str:
     """What is wrong with a line that could not be decoded."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text ({error.reason} at byte {error.start + 1}); save the file as UTF-8"
     if b"\0" in line:
         return "the line holds NUL bytes, so it is not UTF-8 text or is damaged; save the file as UTF-8"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text ({error.reason} at byte {error.start + 1}); save the file as UTF-8"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg} at column {error.colno})"
     return f"not JSON ({error})"

@@ -101,8 +101,8 @@ def select(
                 documents.append(number)
     done = {"skip": "left out", "crop": "cropped", "split": "split"}[long_documents]
     rank_zero_info(
-        f"{len(lines)} documents of split {split!r} are longer than max_document_length {most:,} and are {done}: "
-        f"lines {shown} of {metadata}."
+        f"Documents longer than max_document_length {most:,} are {done}: {len(lines)} of {len(rows)} in split {split!r}"
+        f", {metadata}, lines {shown}."
     )
     if long_documents == "skip":
         warn_of_share(split, len(lines), len(rows), f"they are longer than max_document_length {most:,}")
