@@ -230,4 +230,4 @@ def _pipeline(trainer: Trainer, pl_module: Any) -> MultiDiffPipeline:
     from multidiff.pipeline import MultiDiffPipeline
 
     tokenizers: Mapping[str, Any] = trainer.datamodule.tokenizers  # pyright: ignore[reportAttributeAccessIssue]
-    return MultiDiffPipeline(pl_module.transformer, pl_module.vocabulary, tokenizers, pl_module.samplers)
+    return MultiDiffPipeline.from_module(pl_module, tokenizers)

@@ -16,9 +16,10 @@ Shape suffixes: B rows, L row length, S segments of the batch, G groups that sha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +52,39 @@ class Task:
     drop: float = 0.0
     noise: Literal["independent", "shared"] = "independent"
 
+    @classmethod
+    def of(cls, value: Task | Mapping[str, Any]) -> Task:
+        """A task as it is, or from its attributes by name, as a configuration writes them.
+
+        Raises:
+            ValueError: an unknown attribute (the message names the nearest), or no roles.
+        """
+        if isinstance(value, Task):
+            return value
+        if not isinstance(value, Mapping) or "roles" not in value:
+            raise ValueError(f"a task is a table with roles, such as {{'roles': {{'text': 'target'}}}}, not {value!r}")
+        known = [attribute.name for attribute in fields(cls)]
+        for name in value:
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"a task has no attribute {name!r}; {hint}")
+        return cls(**value)
+
     def __post_init__(self) -> None:
-        if bad := set(self.roles.values()) - set(ROLES):
-            raise ValueError(f"task role {bad.pop()!r} is none of {', '.join(ROLES)}")
+        if not isinstance(self.roles, Mapping):
+            raise ValueError(f"task roles {self.roles!r} must be a table of tokenizer names and roles")
+        if bad := [role for role in self.roles.values() if role not in list(ROLES)]:
+            raise ValueError(f"task role {bad[0]!r} is none of {', '.join(ROLES)}")
         if "target" not in self.roles.values():
             raise ValueError(f"task {self.roles} has no target, so it would train nothing")
-        if self.weight < 0 or not 0 <= self.drop <= 1 or self.noise not in ("independent", "shared"):
+        numbers = all(isinstance(value, int | float) for value in (self.weight, self.drop))
+        if (
+            not numbers
+            or not 0 <= self.weight < math.inf
+            or not 0 <= self.drop <= 1
+            or self.noise not in ("independent", "shared")
+        ):
             raise ValueError(f"task {self.roles}: weight ≥ 0, 0 ≤ drop ≤ 1 and noise independent or shared are needed")
 
 

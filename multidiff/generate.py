@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import mimetypes
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,12 @@ def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
 
     try:
         _generate(preset, options, overrides)
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk or a closed pipe: what is left would raise again when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"multidiff: {error}")
     except (ValueError, ImportError) as error:
         stop(error)
 
@@ -92,7 +100,7 @@ def _overrides(
             parser.error(f"{key}: write --sampler.NAME.KEY=VALUE, for instance --sampler.text.order=margin")
         try:
             overrides.setdefault(path[1], {})[path[2]] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             overrides.setdefault(path[1], {})[path[2]] = value
     return rest, overrides
 
@@ -112,10 +120,9 @@ class _Segment(argparse.Action):
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to 999,999,999")
+    return int(text)
 
 
 def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> None:
@@ -132,23 +139,26 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
     for name, settings in overrides.items():
         pipeline.vocabulary.layout(name)
         changed = {**pipeline.samplers[name].settings, **settings}
-        pipeline.samplers[name] = MaskSampler.from_settings(changed, f"--sampler.{name}")
+        sampler = MaskSampler.from_settings(changed, f"--sampler.{name}")
+        pipeline.sequencer.blank(name, sampler.config["canvas"] or {})
+        pipeline.samplers[name] = sampler
     documents = _documents(preset, options, pipeline)
-    repeated = [document for document in documents for _ in range(options.num)]
+    total = len(documents) * options.num
     pipeline.set_progress_bar_config(disable=None, leave=False)
-    for start in range(0, len(repeated), _BATCH):
+    for start in range(0, total, _BATCH):
+        batch = range(start, min(start + _BATCH, total))
         output = pipeline(
-            repeated[start : start + _BATCH],
+            [documents[index // options.num] for index in batch],
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
-            generator=[generator_for(options.seed, i) for i in range(start, min(start + _BATCH, len(repeated)))],
+            generator=[generator_for(options.seed, index) for index in batch],
         )
-        for index, document in enumerate(output.documents, start=start):
+        for index, document in zip(batch, output.documents, strict=True):
             if preset == "caption":
                 caption = " ".join(document[-1].item.split())  # one line, whatever it holds
                 print(f"{options.files[index // options.num]}\t{caption}", flush=True)
             else:
-                _deliver(document, repeated[index], index, options.output, pipeline)
+                _deliver(document, documents[index // options.num], index, options.output, pipeline)
 
 
 def _types() -> mimetypes.MimeTypes:
@@ -225,6 +235,7 @@ def _deliver(
     document: Sequence[Filled], asked: Sequence[Given | Blank], index: int, folder: Path, pipeline: MultiDiffPipeline
 ) -> None:
     """Print texts, write everything else and print its path."""
+    from multidiff.files import naming
     from multidiff.pipeline import Given
 
     made = [part for part, request in zip(document, asked, strict=True) if not isinstance(request, Given)]
@@ -234,8 +245,13 @@ def _deliver(
         else:
             again = sum(other.tokenizer == part.tokenizer for other in made[:place])
             stem = folder / (f"{part.tokenizer}-{index:03d}" + (f"-{again}" if again else ""))
-            folder.mkdir(parents=True, exist_ok=True)
-            print(pipeline.tokenizers[part.tokenizer].write(part.item, stem), flush=True)
+            with naming(stem):
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    path = pipeline.tokenizers[part.tokenizer].write(part.item, stem)
+                except RuntimeError as error:  # what libraries of pictures and sounds say of a full disk, for instance
+                    raise OSError(str(error)) from error
+            print(path, flush=True)
 
 
 _PRESETS = {

@@ -13,23 +13,35 @@ M positions whose logits a step reads, V local ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from reprlib import Repr
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers import AmusedScheduler, BlockRefinementScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 
-from multidiff import saving
+from multidiff import hub, saving
 from multidiff.decoding import Decision, Decoder, gather
-from multidiff.samplers import MaskSampler, as_sampler
+from multidiff.lightning_checkpoint import load_checkpoint, unpack
+from multidiff.samplers import MaskSampler
+from multidiff.samplers.check import check_scale, check_steps
+from multidiff.samplers.scheduler import Samplers, Scheduler
 from multidiff.sequence import Segment, Sequencer, TokenBatch
 from multidiff.tokenizer import Codes, ModalityTokenizer
 from multidiff.transformer import MaskedDiffusionTransformer
 from multidiff.vocabulary import MASK, SharedVocabulary
+
+if TYPE_CHECKING:
+    from multidiff.training import MaskedDiffusionModule
+
+_SHORT = Repr()
+_SHORT.maxother = _SHORT.maxstring = 60
 
 
 class Given:
@@ -38,6 +50,9 @@ class Given:
     def __init__(self, tokenizer: str, item: Any):
         self.tokenizer = tokenizer
         self.item = item
+
+    def __repr__(self) -> str:
+        return f"Given({self.tokenizer!r}, {' '.join(_SHORT.repr(self.item).split())})"
 
 
 class Blank:
@@ -50,6 +65,9 @@ class Blank:
     def __init__(self, tokenizer: str, **size: int):
         self.tokenizer = tokenizer
         self.size = size
+
+    def __repr__(self) -> str:
+        return f"Blank({', '.join([repr(self.tokenizer), *(f'{key}={value}' for key, value in self.size.items())])})"
 
 
 class Partial:
@@ -69,6 +87,10 @@ class Partial:
         self.codes = codes
         self.known_N = known_N
         self.room = room
+
+    def __repr__(self) -> str:
+        known = int(self.known_N.sum())
+        return f"Partial({self.tokenizer!r}, {known} of {len(self.codes)} codes known, room={self.room})"
 
 
 @dataclass(frozen=True)
@@ -123,7 +145,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         transformer: MaskedDiffusionTransformer,
         vocabulary: SharedVocabulary,
         tokenizers: Mapping[str, ModalityTokenizer],
-        samplers: Mapping[str, MaskSampler | AmusedScheduler | BlockRefinementScheduler] | None = None,
+        samplers: Mapping[str, MaskSampler | Scheduler] | None = None,
     ):
         super().__init__()
         vocabulary.check(SharedVocabulary.of(tokenizers), "the set of tokenizers")
@@ -131,16 +153,41 @@ class MultiDiffPipeline(DiffusionPipeline):
             raise ValueError(
                 f"the transformer has {transformer.config['vocabulary_rows']} rows, its vocabulary {vocabulary.rows}"
             )
-        for name in samplers or {}:
-            vocabulary.layout(name)
         self.register_modules(transformer=transformer)
         self.transformer: MaskedDiffusionTransformer = transformer
         self.vocabulary = vocabulary
         self.tokenizers = dict(tokenizers)
-        self.samplers = {
-            name: as_sampler((samplers or {}).get(name) or MaskSampler()) for name in vocabulary.tokenizers
-        }
+        self._samplers = Samplers(vocabulary, samplers or {})
         self.sequencer = Sequencer(tokenizers, vocabulary)
+
+    @classmethod
+    def from_module(
+        cls, module: MaskedDiffusionModule, tokenizers: Mapping[str, ModalityTokenizer] | None = None
+    ) -> Self:
+        """A pipeline around the transformer of a training module: further training changes it as well.
+
+        Args:
+            module: its weights, vocabulary and sampling settings are used.
+            tokenizers: live tokenizers by name; None makes a copy of those that the module was built with.
+        """
+        if tokenizers is None:
+            tokenizers = unpack(module.recipe["tokenizers"], module.vocabulary, type(module).__name__)
+            for tokenizer in tokenizers.values():
+                tokenizer.to(module.device)
+        return cls(module.transformer, module.vocabulary, tokenizers, module.samplers)
+
+    @property
+    def samplers(self) -> Samplers:
+        """The sampler of each tokenizer; assign to change one, `pipe.samplers["image"] = AmusedScheduler(…)`, or all.
+
+        Raises:
+            ValueError: on assignment, an unknown tokenizer or something that is no sampler.
+        """
+        return self._samplers
+
+    @samplers.setter
+    def samplers(self, samplers: Mapping[str, MaskSampler | Scheduler]) -> None:
+        self._samplers = Samplers(self.vocabulary, samplers)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -165,7 +212,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         trace: bool = False,
         divergence: bool = False,
     ) -> MultiDiffOutput:
-        """Fill in the blanks of a batch of documents.
+        """Fill in the blanks of a batch of documents, without dropout.
 
         Args:
             documents: lists of `Given`, `Blank` and `Partial` segments, at least one of them with something unknown.
@@ -189,8 +236,11 @@ class MultiDiffPipeline(DiffusionPipeline):
                 gives no condition, more steps than there are codes to fill in, a number of generators other than that
                 of documents.
         """
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if num_inference_steps is not None:
+            check_steps(num_inference_steps)
+        if guidance_scale is not None:
+            check_scale(guidance_scale)
+        _check_nesting(documents)
         generators = _generators(generator, len(documents))
         segments = self._segments(documents)
         batch = self.sequencer.batch(segments)
@@ -201,7 +251,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         conditions = {key for run in runs for key, scale in run.scales.items() if scale != 1}
         nulls = {key: self._null(key, batch, segments, guidance_scale is not None) for key in sorted(conditions)}
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)
-        with self.progress_bar(total=decoder.steps) as bar:  # pyright: ignore[reportCallIssue]
+        with _evaluating(self.transformer), self.progress_bar(total=decoder.steps) as bar:  # pyright: ignore
             for step in range(decoder.steps):
                 decoder.step(step)
                 if callback_on_step_end is not None:
@@ -215,8 +265,6 @@ class MultiDiffPipeline(DiffusionPipeline):
         return MultiDiffOutput(filled, decoder.nfe, decoder.history, decoder.divergence)
 
     def _segments(self, documents: Sequence[Sequence[Given | Blank | Partial]]) -> list[list[Segment]]:
-        if not documents:
-            raise ValueError("no documents to fill in")
         given = [part for document in documents for part in document if isinstance(part, Given)]
         codes: dict[int, Codes] = {}
         for name in {part.tokenizer: None for part in given}:
@@ -350,17 +398,97 @@ class MultiDiffPipeline(DiffusionPipeline):
         return super()._upload_folder(working_dir, repo_id, *arguments, **options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, device: str = "cpu") -> Self:
-        """A pipeline from a saved folder or a Lightning checkpoint (`.ckpt`; its averaged weights where it has them).
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        cache_dir: str | Path | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        variant: None = None,
+        use_safetensors: bool | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """A pipeline from a saved folder, a Lightning checkpoint (`.ckpt`; its averaged weights where it has them), or
+        a repository of the Hugging Face hub: "user/model", where no file or folder has that name.
 
-        Runs no code from either.
+        Runs no code from any of them.
+
+        Args:
+            device: where the transformer and the tokenizers run.
+            dtype: the transformer's number format, torch.float32, bfloat16, float16 or float64; None keeps the saved
+                one.
+            torch_dtype: diffusers' earlier name of `dtype`.
+            cache_dir, revision, token, local_files_only, force_download: of a download, as in diffusers.
+            variant, use_safetensors: diffusers' arguments; there are no variants, and only safetensors.
 
         Raises:
-            ValueError: a file is missing, truncated, foreign or does not fit the others; the message names it.
+            ValueError: a file is missing, truncated, foreign or does not fit the others; the message names it. An
+                option that has no meaning here, or a repository that cannot be fetched.
         """
+        if unknown:
+            raise ValueError(
+                f"from_pretrained takes no {min(unknown)}; it takes device, dtype, and cache_dir, revision, token, "
+                "local_files_only and force_download for a download"
+            )
+        if variant is not None or use_safetensors is False:
+            raise ValueError("multidiff reads plain safetensors only: leave variant and use_safetensors alone")
+        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+            raise ValueError(
+                f"torch_dtype {torch_dtype} and dtype {dtype} are two names of one thing: give dtype alone"
+            )
+        dtype = dtype or torch_dtype
+        if dtype is not None and dtype not in saving.FLOATS:
+            raise ValueError(f"dtype {dtype!r} must be {', '.join(map(str, saving.FLOATS))}")
         path = Path(pretrained_model_name_or_path)
-        parts = saving.load_checkpoint(path) if path.is_file() else saving.load_folder(path)
-        return cls(*parts).to(device)
+        if hub.is_repository(pretrained_model_name_or_path):
+            path = hub.fetch(
+                str(pretrained_model_name_or_path),
+                saving.PATTERNS,
+                cache_dir=cache_dir,
+                revision=revision,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+        is_file = os.path.exists(path) and not os.path.isdir(path)  # of any kind; unlike pathlib's these never raise
+        parts = load_checkpoint(path) if is_file else saving.load_folder(path)
+        nn.Module.to(parts[0], dtype=dtype)  # diffusers' own `to` warns of modules that it keeps in float32: none
+        try:
+            return cls(*parts).to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device} cannot be used ({str(error).splitlines()[0]})") from error
+
+
+def _check_nesting(documents: Any) -> None:
+    """Raise a `ValueError` unless `documents` is a sequence of sequences, with an example where a list is missing."""
+    part = Given | Blank | Partial
+    if isinstance(documents, part) or (isinstance(documents, Sequence) and any(isinstance(p, part) for p in documents)):
+        raise ValueError(
+            "the pipeline takes a list of documents, each a list of segments: for one document write "
+            'pipe([[Given("text", "seven"), Blank("image")]]), with two brackets'
+        )
+    for number, document in enumerate(documents if isinstance(documents, Sequence) else [documents]):
+        if isinstance(document, str) or not isinstance(document, Sequence):
+            raise ValueError(f"document {number} must be a list of segments, not {_SHORT.repr(document)}")
+    if not documents:
+        raise ValueError("no documents to fill in")
+
+
+@contextmanager
+def _evaluating(transformer: MaskedDiffusionTransformer) -> Iterator[None]:
+    """Dropout is off inside; a training that goes on has it as before."""
+    training = transformer.training
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train(training)
 
 
 def _by_segment(values_P: Tensor, batch: TokenBatch) -> list[Tensor]:

@@ -8,22 +8,20 @@ only warns. Class names in files are compared with what is expected; nothing is 
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from multidiff import plugins
+from multidiff import files, plugins
 from multidiff.samplers import MaskSampler
+from multidiff.samplers.check import check_ids
+from multidiff.samplers.scheduler import SchedulerSampler
+from multidiff.sequence import Sequencer
 from multidiff.tokenizer import ModalityTokenizer
 from multidiff.transformer import MaskedDiffusionTransformer
 from multidiff.vocabulary import SharedVocabulary
@@ -37,77 +35,134 @@ _FILES = {
     *("model_index.json", "transformer", "vocabulary.json", "tokenizers", "samplers.json", "README.md"),
     "training.json",
 }
+PATTERNS = [*sorted(_FILES), "transformer/*", "tokenizers/*"]  # what a download of a model takes
 _INDEX = {
     "_class_name": "MultiDiffPipeline",
     "transformer": ["multidiff.transformer", "MaskedDiffusionTransformer"],
 }
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -> None:
-    """Write `pipeline` beside `folder`, then put it in its place.
+    """Write `pipeline` beside `folder`, then put it in its place; whoever loads it finds the earlier or the new model.
 
     Raises:
-        ValueError: a tokenizer is no installed plugin, or `folder` holds something that is no model.
+        ValueError: a tokenizer is no installed plugin, a sampler is of a class that loading does not know, `folder`
+            holds something that is no model, or it cannot be written.
     """
     for tokenizer in pipeline.tokenizers.values():
         plugins.name_of(tokenizer)
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    settings = {name: _settings(name, sampler) for name, sampler in pipeline.samplers.items()}
+    with files.naming(folder):
+        found = {path.name for path in folder.iterdir()} if os.path.lexists(folder) else set()
     if foreign := found - _FILES:
         raise ValueError(f"{folder} holds {min(foreign)}, which is no part of a multidiff model; choose another folder")
     if "model_index.json" in found:
         _check_index(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        beside.chmod(0o755)
+    with files.whole_folder(folder) as beside:
         pipeline.transformer.save_pretrained(beside / "transformer", max_shard_size=max_shard_size)
         pipeline.vocabulary.save(beside)
         for name, tokenizer in pipeline.tokenizers.items():
             (beside / "tokenizers" / name).mkdir(parents=True)
             tokenizer.save(beside / "tokenizers" / name)
-        settings = {name: sampler.settings for name, sampler in pipeline.samplers.items()}
-        _write_json(beside / "samplers.json", settings)
-        _write_json(beside / "model_index.json", {**_INDEX, "_multidiff_version": version("multidiff")})
+        files.write_json(beside / "samplers.json", settings)
+        files.write_json(beside / "model_index.json", {**_INDEX, "_multidiff_version": version("multidiff")})
         write_card(pipeline, beside)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / "model")
-            try:
-                beside.rename(folder)
-            except BaseException:
-                (old / "model").rename(folder)
-                raise
-            finally:
-                shutil.rmtree(old)
-        else:
-            beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+
+
+def _settings(name: str, sampler: MaskSampler) -> dict[str, Any]:
+    if type(sampler) not in (MaskSampler, SchedulerSampler):
+        raise ValueError(
+            f"the sampler of {name!r} is a {type(sampler).__name__}, which would be loaded as a plain MaskSampler; set "
+            f"pipe.samplers[{name!r}] to a MaskSampler before saving"
+        )
+    return sampler.settings
 
 
 def load_folder(folder: Path) -> Parts:
-    """The parts of a model saved by `save`; `ValueError` naming the first file that is missing or wrong."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: give the folder of a saved model, or a .ckpt file")
+    """The parts of a model saved by `save`; one that is replaced meanwhile is read again.
+
+    Raises:
+        ValueError: a file is missing, damaged, foreign or does not fit the others; names it.
+    """
+    while True:
+        try:
+            # Held open, so that no folder that takes its place looks like the same one.
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ValueError(
+                f"{folder} does not exist or cannot be read ({reason}): give the folder of a saved model, or a .ckpt "
+                "file"
+            ) from None
+        try:
+            parts = _load_folder(folder)
+        except ValueError:
+            if _is_at(opened, folder):
+                raise
+        else:
+            if _is_at(opened, folder):
+                return parts
+        finally:
+            os.close(opened)
+
+
+def _is_at(opened: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _load_folder(folder: Path) -> Parts:
     _check_index(folder)
     vocabulary = SharedVocabulary.load(folder)
-    tokenizers = {}
-    for name, layout in vocabulary.tokenizers.items():
-        if layout.plugin is None:
-            raise ValueError(f"{folder / 'vocabulary.json'}: tokenizer {name!r} names no plugin")
-        place = folder / "tokenizers" / name
-        if not place.is_dir():
-            raise ValueError(f"{place} is missing: the model folder is incomplete")
-        tokenizers[name] = plugins.load(layout.plugin).load(place)
+    tokenizers = {name: _load_tokenizer(name, vocabulary, folder) for name in vocabulary.tokenizers}
     SharedVocabulary.of(tokenizers).check(vocabulary, str(folder / "vocabulary.json"))
-    transformer = _load_transformer(folder / "transformer")
-    settings = read_json(folder / "samplers.json")
-    return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(folder / "samplers.json"))
+    transformer = _load_transformer(folder / "transformer", vocabulary)
+    path = folder / "samplers.json"
+    samplers = load_samplers(files.read_json(path), vocabulary, str(path))
+    sequencer = Sequencer(tokenizers, vocabulary)
+    for name, sampler in samplers.items():
+        canvas = sampler.config["canvas"] or {}
+        try:
+            sequencer.blank(name, canvas)
+        except Exception as error:  # a plugin's, for sizes that its file or the samplers' file gives
+            place = path if canvas else folder / "tokenizers" / name
+            raise ValueError(f"{place}: {first_line(error)}") from error
+    return transformer, vocabulary, tokenizers, samplers
+
+
+def _load_tokenizer(name: str, vocabulary: SharedVocabulary, folder: Path) -> ModalityTokenizer:
+    plugin, place = vocabulary.tokenizers[name].plugin, folder / "tokenizers" / name
+    if plugin is None:
+        raise ValueError(f"{folder / 'vocabulary.json'}: tokenizer {name!r} names no plugin")
+    try:
+        tokenizer_class = plugins.load(plugin)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'vocabulary.json'}: {error}") from None
+    if not place.is_dir():
+        raise ValueError(f"{place} is missing: the model folder is incomplete")
+    return load_tokenizer(tokenizer_class, place)
+
+
+def load_tokenizer(tokenizer_class: type[ModalityTokenizer], place: Path) -> ModalityTokenizer:
+    """The tokenizer saved in `place`; whatever its class raises for damaged files becomes a `ValueError` naming it."""
+    for root, folders, names in os.walk(place):
+        for path in (Path(root, name) for name in (*folders, *names)):
+            if not path.is_dir():
+                files.check_file(path)  # a pipe would be waited for
+    try:
+        return tokenizer_class.load(place)
+    except ImportError:
+        raise
+    except Exception as error:
+        said = first_line(error)
+        raise ValueError(said if str(place) in said else f"{place} holds no tokenizer ({said})") from error
 
 
 def _check_index(folder: Path) -> None:
-    index = read_json(folder / "model_index.json")
+    index = files.read_json(folder / "model_index.json")
     for key, value in _INDEX.items():
         if index.get(key) != value:
             raise ValueError(
@@ -115,156 +170,151 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def load_checkpoint(path: Path) -> Parts:
-    """The parts of a model from a Lightning checkpoint: averaged weights where training averaged them.
-
-    Raises:
-        ValueError: no checkpoint of `multidiff.training.MaskedDiffusionModule`, or a damaged one.
-    """
-    try:
-        # Memory-mapped: optimizer states are not read.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved = checkpoint["multidiff"]
-        recipe = saved["vocabulary"], saved["tokenizers"], saved["transformer"], saved["samplers"]
-        weights = dict(checkpoint["state_dict"])
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no checkpoint of a multidiff model, or it is damaged ({reason})") from None
-    layout, specs, config, settings = recipe
-    vocabulary = SharedVocabulary.from_dict(layout, str(path))
-    tokenizers = unpack(specs, vocabulary, str(path))
-    SharedVocabulary.of(tokenizers).check(vocabulary, str(path))
-    transformer = build_transformer({**config, "vocabulary_rows": vocabulary.rows}, str(path))
-    prefix = "transformer."
-    fill(transformer, {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, str(path))
-    return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path))
-
-
-def pack(tokenizers: Mapping[str, ModalityTokenizer]) -> dict[str, dict[str, Tensor]]:
-    """The saved files of tokenizers, for a checkpoint that needs no other file: uint8 tensors by tokenizer and path."""
-    packed: dict[str, dict[str, Tensor]] = {}
-    for name, tokenizer in tokenizers.items():
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save(Path(folder))
-            packed[name] = {
-                str(file.relative_to(folder)): torch.from_numpy(np.fromfile(file, dtype=np.uint8))
-                for file in sorted(Path(folder).rglob("*"))
-                if file.is_file()
-            }
-    return packed
-
-
-def unpack(
-    packed: Mapping[str, Mapping[str, Tensor]], vocabulary: SharedVocabulary, where: str
-) -> dict[str, ModalityTokenizer]:
-    """The tokenizers that `pack` took; `ValueError` naming `where` if they are damaged."""
-    tokenizers = {}
-    for name, layout in vocabulary.tokenizers.items():
-        if layout.plugin is None or name not in packed:
-            raise ValueError(f"{where} does not hold tokenizer {name!r}")
-        with tempfile.TemporaryDirectory() as folder:
-            for relative, content in packed[name].items():
-                file = Path(folder, relative)
-                if not file.resolve().is_relative_to(Path(folder).resolve()):
-                    raise ValueError(f"{where}: tokenizer {name!r} has a file outside of its folder, {relative!r}")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content.numpy().tobytes())
-            try:
-                tokenizers[name] = plugins.load(layout.plugin).load(Path(folder))
-            except ValueError as error:
-                raise ValueError(f"{where}: tokenizer {name!r} is damaged ({error})") from None
-    return tokenizers
-
-
 def load_samplers(settings: Mapping[str, Any], vocabulary: SharedVocabulary, where: str) -> dict[str, MaskSampler]:
     """A sampler for each tokenizer; those that `settings` does not mention get the default one."""
     samplers = {name: MaskSampler() for name in vocabulary.tokenizers}
     for name, values in settings.items():
-        vocabulary.layout(name)
+        try:
+            varies = vocabulary.layout(name).variable_length
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if not isinstance(values, Mapping):
             raise ValueError(f"{where}: the settings of {name!r} must be a mapping, got {values!r}")
         samplers[name] = MaskSampler.from_settings(dict(values), f"{where}, {name}")
+        try:
+            size = max(stop - start for start, stop in vocabulary.spans[name])
+            check_ids(samplers[name].config, size, None, ends=varies)
+            scale = samplers[name].config["guidance_scale"]
+            for condition in scale if isinstance(scale, Mapping) else ():
+                vocabulary.layout(condition)
+        except ValueError as error:
+            raise ValueError(f"{where}, {name}: {error}") from None
     return samplers
 
 
 def build_transformer(config: Mapping[str, Any], where: str) -> MaskedDiffusionTransformer:
     """An unfilled transformer; `ValueError` naming `where` for an unknown key or a bad value."""
     known = MaskedDiffusionTransformer._get_init_keys(MaskedDiffusionTransformer) - {"self"}
-    if unknown := set(config) - known:
-        raise ValueError(f"{where}: unknown transformer setting {', '.join(map(repr, sorted(unknown)))}")
+    if unknown := config.keys() - known:
+        raise ValueError(f"{where}: unknown transformer setting {', '.join(sorted(map(repr, unknown)))}")
+    for name, value in config.items():
+        kind, fits = _KINDS[name]
+        if not fits(value):
+            raise ValueError(f"{where}: {name} {value!r} must be {kind}")
     try:
         return MaskedDiffusionTransformer(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{where}: {first_line(error)}") from None
 
 
-def fill(transformer: MaskedDiffusionTransformer, weights: Mapping[str, Tensor], where: str) -> None:
-    """Load `weights` if their names and shapes are exactly those of the transformer; `ValueError` otherwise."""
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("vocabulary_rows", "hidden_size", "num_layers", "num_heads"), ("a whole number above 0", _whole)),
+    **dict.fromkeys(
+        ("num_key_value_heads", "intermediate_size"),
+        ("a whole number above 0, or null", lambda value: value is None or _whole(value)),
+    ),
+    **dict.fromkeys(
+        ("coordinate_features", "qk_norm", "attention_bias", "tie_embeddings"),
+        ("true or false", lambda value: isinstance(value, bool)),
+    ),
+    "rope_theta": ("a number from 1 to 1e30", lambda value: _number(value, 1, 1e30)),
+    "norm_epsilon": ("a number from 0 to 1", lambda value: _number(value, 0, 1)),
+    "dropout": ("a number from 0 to 1", lambda value: _number(value, 0, 1)),
+}
+
+
+def restore_transformer(
+    config: Mapping[str, Any], config_where: str, weights: Mapping[str, Any], where: str
+) -> MaskedDiffusionTransformer:
+    """The transformer of `config` with exactly these weights, for inference; what `config` asks for is compared with
+    what there is before any of it is allocated.
+
+    Raises:
+        ValueError: names, shapes or number formats that do not fit, or numbers that are not finite; names the file.
+    """
+    layers = {name.split(".")[1] for name in weights if str(name).startswith("blocks.")}
+    if _whole(number := config.get("num_layers", 1)) and number > len(layers):
+        raise ValueError(f"{config_where}: num_layers is {number}, but the weights have {len(layers)} layers")
+    # Even on the meta device some tables are made, as long as `hidden_size` says.
+    embedding, size = weights.get("embed.weight"), config.get("hidden_size")
+    if isinstance(embedding, Tensor) and embedding.ndim == 2 and _whole(size) and size != embedding.shape[1]:
+        raise ValueError(f"{config_where}: hidden_size is {size}, but the weights have {embedding.shape[1]}")
+    with torch.device("meta"):
+        transformer = build_transformer(config, config_where)
     expected = transformer.state_dict()
     if missing := expected.keys() - weights.keys():
         raise ValueError(f"{where} lacks {len(missing)} tensors, first {min(missing)}; the file is incomplete")
     if unknown := weights.keys() - expected.keys():
-        raise ValueError(f"{where} holds {len(unknown)} unknown tensors, first {min(unknown)}; it is of another model")
+        first = min(map(str, unknown))
+        raise ValueError(f"{where} holds {len(unknown)} unknown tensors, first {first}; it is of another model")
     for name, tensor in expected.items():
+        if not isinstance(weights[name], Tensor) or weights[name].layout != torch.strided:
+            raise ValueError(f"{where}: {name} is no plain tensor; the file is damaged")
         if weights[name].shape != tensor.shape:
             raise ValueError(
                 f"{where}: {name} has shape {list(weights[name].shape)}, "
                 f"but its configuration says {list(tensor.shape)}"
             )
-    if len({weight.dtype for weight in weights.values()}) != 1 or not next(iter(weights.values())).is_floating_point():
-        raise ValueError(f"{where} mixes number formats; it was not written by multidiff")
-    nn.Module.to(transformer, next(iter(weights.values())).dtype)  # diffusers' own `to` does not take one alone
-    transformer.load_state_dict(dict(weights))
-    transformer.eval()
+    formats = {weight.dtype for weight in weights.values()}
+    if len(formats) != 1 or not formats <= set(FLOATS):
+        said = ", ".join(sorted(map(str, formats)))
+        raise ValueError(f"{where} has the number formats {said}, where multidiff writes one kind of float")
+    files.check_finite(weights, where)
+    # Cloned: a checkpoint is mapped, and changes with the file.
+    transformer.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+    return transformer.eval()
 
 
-def _load_transformer(folder: Path) -> MaskedDiffusionTransformer:
+def _load_transformer(folder: Path, vocabulary: SharedVocabulary) -> MaskedDiffusionTransformer:
     path = folder / "config.json"
-    config = read_json(path)
+    config = files.read_json(path)
     if config.get("_class_name") != MaskedDiffusionTransformer.__name__:
         raise ValueError(f"{path}: class {config.get('_class_name')!r} is not {MaskedDiffusionTransformer.__name__}")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if missing := MaskedDiffusionTransformer._get_init_keys(MaskedDiffusionTransformer) - {"self"} - settings.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; the file is incomplete")
-    transformer = build_transformer(settings, str(path))
-    files = sorted(folder.glob("*.safetensors"))
-    if indexes := sorted(folder.glob("*.safetensors.index.json")):
-        names = read_json(indexes[0]).get("weight_map")
-        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
-            raise ValueError(f"{indexes[0]} is damaged: it names no files of its own folder")
-        files = [folder / name for name in sorted(set(names.values()))]
-    if not files:
-        raise ValueError(f"{folder} holds no .safetensors file: the model folder is incomplete")
+    if settings["vocabulary_rows"] != vocabulary.rows:
+        raise ValueError(f"{path}: vocabulary_rows {settings['vocabulary_rows']!r} is not {vocabulary.rows}")
+    found = _weight_files(folder)
     weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            weights |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is missing, truncated or no safetensors file ({error})") from None
-    fill(transformer, weights, str(folder))
-    return transformer
+    for file in found:
+        tensors = files.read_tensors(file)
+        if twice := weights.keys() & tensors.keys():
+            raise ValueError(f"{file} holds tensor {min(twice)}, which another file beside it holds as well")
+        weights |= tensors
+    return restore_transformer(settings, str(path), weights, str(found[0] if len(found) == 1 else folder))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `ValueError` naming the file when it is missing or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: the model folder is incomplete") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return data
+def _weight_files(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.safetensors"))
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1 or (len(found) > 1 and not indexes):
+        raise ValueError(f"{(indexes or found)[1]} is one too many: remove the files of another model from {folder}")
+    if indexes:
+        names = files.read_json(indexes[0]).get("weight_map")
+        if not isinstance(names, dict) or not all(_is_name(name) for name in names.values()):
+            raise ValueError(f"{indexes[0]} is damaged: it names no files of its own folder")
+        found = [folder / name for name in sorted(set(names.values()))]
+    if not found:
+        raise ValueError(f"{folder} holds no .safetensors file: the model folder is incomplete")
+    return found
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name
 
 
 def write_card(pipeline: MultiDiffPipeline, folder: Path) -> None:
     """Write the model's card, `README.md`."""
-    (folder / "README.md").write_text(_card(pipeline), encoding="utf-8")
+    files.write_bytes(folder / "README.md", _card(pipeline).encode())
 
 
 def _card(pipeline: MultiDiffPipeline) -> str:
@@ -295,3 +345,8 @@ names = {list(pipeline.vocabulary.tokenizers)}
 
 `samplers.json` holds the sampling settings that its previews used. Loading runs no code from this folder.
 """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__

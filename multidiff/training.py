@@ -27,6 +27,7 @@ from multidiff.diffusion import (
     queries,
     weighted_nats,
 )
+from multidiff.lightning_checkpoint import KEY, pack
 from multidiff.seeding import generator_for
 from multidiff.sequence import TokenBatch
 from multidiff.vocabulary import SharedVocabulary
@@ -73,9 +74,9 @@ class MaskedDiffusionModule(LightningModule):
         # Defaults as well: a later version's may differ. Plain values: a checkpoint must load with weights_only=True.
         settings = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         del settings["vocabulary_rows"]
-        self._recipe = {"tokenizers": saving.pack(built), "transformer": settings, "samplers": samplers or {}}
+        self.recipe = {"tokenizers": pack(built), "transformer": settings, "samplers": samplers or {}}
         self.samplers = saving.load_samplers(samplers or {}, self.vocabulary, "model.samplers")
-        self.tasks = tasks or [Task({"others": "target"})]
+        self.tasks = [Task.of(task) for task in tasks or [{"roles": {"others": "target"}}]]
         for name in ({name for task in self.tasks for name in task.roles} - {"others"}) | objective.importance.keys():
             self.vocabulary.layout(name)
         self.objective, self.optimizer = objective, optimizer
@@ -89,7 +90,7 @@ class MaskedDiffusionModule(LightningModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDiffusionModule:
         """Weight averaging copies the module. A configured optimizer holds what the command line made, live tokenizers
         and data among it: copies share it, and the files of the tokenizers."""
-        for shared in (self.optimizer, self._recipe):
+        for shared in (self.optimizer, self.recipe):
             memo[id(shared)] = shared
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
@@ -222,14 +223,14 @@ class MaskedDiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["multidiff"] = {**self._recipe, "vocabulary": self.vocabulary.to_dict()}
+        checkpoint[KEY] = {**self.recipe, "vocabulary": self.vocabulary.to_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "multidiff" not in checkpoint:
+        if KEY not in checkpoint:
             raise ValueError("the checkpoint (--ckpt_path) is of another kind of model")
-        saved = checkpoint["multidiff"]
+        saved = checkpoint[KEY]
         self.vocabulary.check(SharedVocabulary.from_dict(saved["vocabulary"], "the checkpoint"), "the checkpoint")
-        for key, value in self._recipe["transformer"].items():
+        for key, value in self.recipe["transformer"].items():
             if saved["transformer"].get(key) != value:
                 raise ValueError(
                     f"the checkpoint's transformer has {key} {saved['transformer'].get(key)}, the configuration "

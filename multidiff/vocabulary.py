@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multidiff import plugins
+from multidiff import files, plugins
 from multidiff.tokenizer import ModalityTokenizer
 
 PAD, MASK, BOS = 0, 1, 2
@@ -111,9 +113,11 @@ class SharedVocabulary:
         }
 
     def layout(self, name: str) -> TokenizerLayout:
-        """Layout of tokenizer `name`; `ValueError` that lists the known names otherwise."""
+        """Layout of tokenizer `name`; `ValueError` that lists the known names, and the nearest, otherwise."""
         if name not in self.tokenizers:
-            raise ValueError(f"no tokenizer is called {name!r}; this vocabulary has {', '.join(self.tokenizers)}")
+            near = get_close_matches(str(name), self.tokenizers, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"no tokenizer is called {name!r}; this vocabulary has {', '.join(self.tokenizers)}{hint}")
         return self.tokenizers[name]
 
     def to_shared(self, name: str, local_N: Tensor, levels_N: Tensor) -> Tensor:
@@ -181,14 +185,10 @@ class SharedVocabulary:
     def from_dict(cls, data: Mapping[str, Any], where: str) -> SharedVocabulary:
         """Inverse of `to_dict`. Raises `ValueError` naming `where` when the layout is damaged."""
         try:
-            layouts = {}
-            for name in data["order"]:
-                entry = dict(data["tokenizers"][name])
-                entry["codebook_sizes"] = tuple(entry["codebook_sizes"])
-                layouts[name] = TokenizerLayout(**entry)
+            layouts = {name: _layout(data["tokenizers"][name]) for name in data["order"]}
             vocabulary = cls(layouts)
             spans = {key: tuple(span) for key, span in data["spans"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where} is no vocabulary written by multidiff ({error})") from None
         if spans != vocabulary.span_names:
             raise ValueError(f"{where}: its spans do not follow from its tokenizers; the file was edited or is damaged")
@@ -196,19 +196,29 @@ class SharedVocabulary:
 
     def save(self, folder: Path) -> None:
         """Write `vocabulary.json`."""
-        (folder / "vocabulary.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        files.write_json(folder / "vocabulary.json", self.to_dict())
 
     @classmethod
     def load(cls, folder: Path) -> SharedVocabulary:
         """Read `vocabulary.json`; `ValueError` when it is missing or damaged."""
         path = folder / "vocabulary.json"
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing: {folder} is no model saved by multidiff") from None
-        except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path} is damaged ({error})") from None
+        return cls.from_dict(files.read_json(path), str(path))
+
+
+def _layout(entry: Mapping[str, Any]) -> TokenizerLayout:
+    layout = TokenizerLayout(**{**entry, "codebook_sizes": tuple(entry["codebook_sizes"])})
+    right = (
+        isinstance(layout.plugin, str | None)
+        and isinstance(layout.modality, str)
+        and isinstance(layout.fingerprint, str)
+        and isinstance(layout.variable_length, bool)
+        and len(layout.codebook_sizes) > 0
+        and all(type(size) is int and size > 0 for size in layout.codebook_sizes)
+    )
+    if not right:
+        raise ValueError(f"{_short(entry)} describes no tokenizer")
+    return layout
 
 
 def _short(value: Any) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else repr(value)
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else reprlib.repr(value)

@@ -184,6 +184,14 @@ BAD = {
         "text",
     ],
     "--sampler.text: order 'best' must be one of random, confidence": ["--sampler.text.order=best", "--fill", "text"],
+    "guidance_scale nan must be a number": ["--given", "text=x", "--fill", "image", "--guidance", "nan"],
+    "guidance_scale inf must be a number": ["--given", "text=x", "--fill", "image", "--guidance", "inf"],
+    "--sampler.text: temperature nan must be a number": ["--sampler.text.temperature=NaN", "--fill", "text"],
+    "--sampler.text: temperature .* must be a number": [f"--sampler.text.temperature={'[' * 9_000}", "--fill", "text"],
+    "canvas of text of size": ['--sampler.text.canvas={"frames": 3}', "--fill", "text"],
+    "notes.txt/image-000 cannot be written": ["--fill", "image", "--output", "notes.txt"],
+    "/proc/none/image-000 cannot be written": ["--fill", "image", "--output", "/proc/none"],
+    "device gpu cannot be used": ["--fill", "text", "--device", "gpu"],
     "no tokenizer is called 'nose'": ["--sampler.nose.order=random", "--fill", "text"],
 }
 
@@ -196,6 +204,31 @@ def test_errors_are_short_and_say_what_to_do(model, files, monkeypatch, message)
     with pytest.raises(SystemExit, match=message) as stopped:
         main(["generate", *preset, "--model", str(model), *rest])
     assert str(stopped.value).count("\n") <= 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("Error: flush failed")])
+def test_a_full_disk_is_a_sentence(model, tmp_path, monkeypatch, error):
+    def fail(tokenizer, item, stem):
+        raise error
+
+    monkeypatch.setattr(VQTokenizer, "write", fail)
+    with pytest.raises(SystemExit, match=r"multidiff: .*image-000 cannot be written \((No space left|Error: flush)"):
+        main(["generate", "--model", str(model), "--fill", "image", "--output", str(tmp_path)])
+
+
+def test_output_that_nobody_takes_is_a_sentence(model, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit, match=r"multidiff: .*No space left on device"):
+            main(["generate", "--model", str(model), "--fill", "text"])
+        full.write("what comes after goes nowhere")
+
+
+def test_numbers_of_samples_and_steps(model, capsys):
+    for wrong in ("0", "-1", "1e5", "x", "9" * 5000):
+        with pytest.raises(SystemExit):
+            main(["generate", "--model", str(model), "--fill", "text", "--num", wrong])
+        assert "is no whole number from 1" in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_its_canvas_is_refused(model):

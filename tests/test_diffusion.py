@@ -225,6 +225,16 @@ def test_bad_tasks():
         Task({"a": "noised"})
     with pytest.raises(ValueError, match="0 ≤ drop ≤ 1"):
         Task({"a": "target"}, drop=2)
+    with pytest.raises(ValueError, match="weight ≥ 0"):
+        Task({"a": "target"}, weight=math.nan)
+    with pytest.raises(ValueError, match="must be a table of tokenizer names and roles"):
+        Task(["a"])
+    assert Task.of({"roles": {"a": "target"}, "drop": 0.5}) == Task.of(Task({"a": "target"}, drop=0.5))
+    with pytest.raises(ValueError, match="a task has no attribute 'wieght'; did you mean 'weight'"):
+        Task.of({"roles": {"a": "target"}, "wieght": 2})
+    for value in (None, "a", {"a": "target"}):
+        with pytest.raises(ValueError, match="a task is a table with roles"):
+            Task.of(value)
     with pytest.raises(ValueError, match="weighting is elbo or none"):
         Objective(weighting="best")
     with pytest.raises(ValueError, match="importance of 'a' must be a number above 0"):

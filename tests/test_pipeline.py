@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AmusedScheduler
 from safetensors.torch import load_file, save_file
 from toys import Frames, Grid, generator
 
@@ -157,6 +158,42 @@ def test_bad_requests(pipe):
         MultiDiffPipeline(pipe.transformer, pipe.vocabulary, {**pipe.tokenizers, "picture": Grid(4)})
 
 
+def test_a_missing_bracket_is_said(pipe):
+    for documents in ([Given("note", [1]), Blank("picture")], Blank("note")):
+        with pytest.raises(ValueError, match=r"for one document write pipe\(\[\[Given"):
+            pipe(documents)
+    for documents in (["note"], [5], "note", 5):
+        with pytest.raises(ValueError, match="document 0 must be a list of segments"):
+            pipe(documents)
+
+
+def test_segments_say_what_they_are(pipe):
+    codes = pipe.tokenizers["note"].encode([[1, 2]])[0]
+    assert repr(Given("text", "seven")) == "Given('text', 'seven')"
+    assert repr(Blank("picture", height=3, width=5)) == "Blank('picture', height=3, width=5)"
+    assert repr(Partial("note", codes, torch.tensor([True, False]), 4)) == (
+        "Partial('note', 1 of 2 codes known, room=4)"
+    )
+    for item in ("a" * 10_000, torch.zeros(100, 100), [1] * 10_000):
+        assert len(repr(Given("x", item))) < 90
+        assert "\n" not in repr(Given("x", item))
+
+
+def test_samplers_are_set_by_name(pipe):
+    pipe.samplers["picture"] = AmusedScheduler(mask_token_id=9)
+    pipe.samplers["note"] = MaskSampler(top_k=3)
+    assert pipe([[Blank("picture"), Blank("note")]], generator=generator()).documents
+    with pytest.raises(ValueError, match=r"no tokenizer is called 'pictrue'; .*\(did you mean 'picture'\?\)"):
+        pipe.samplers["pictrue"] = MaskSampler()
+    with pytest.raises(ValueError, match="dict decides no masked tokens: give a MaskSampler"):
+        pipe.samplers["note"] = {"top_k": 3}
+    with pytest.raises(ValueError, match="no tokenizer is called 'nose'"):
+        pipe.samplers = {"nose": MaskSampler()}
+    assert pipe.samplers["note"].config["top_k"] == 3
+    pipe.samplers = {"note": MaskSampler(top_k=4)}
+    assert [pipe.samplers[name].config["top_k"] for name in pipe.tokenizers] == [None, None, 4]
+
+
 @pytest.fixture
 def saved(tmp_path):
     pipeline = make(
@@ -265,7 +302,7 @@ def test_damaged_weights_are_refused(saved):
     weights = {name: weight.clone() for name, weight in load_file(path).items()}  # not the mapped file
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"safetensors is missing, truncated"):
+    with pytest.raises(ValueError, match=r"safetensors is truncated"):
         MultiDiffPipeline.from_pretrained(folder)
     save_file({k: v for k, v in weights.items() if k != "norm.weight"}, path)
     with pytest.raises(ValueError, match=r"lacks 1 tensors, first norm.weight"):

@@ -1,6 +1,7 @@
 """Any `tokenizer.json` as a text tokenizer: its pieces are codes, its special tokens are not, its faults are named."""
 
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -296,6 +297,9 @@ def _rename(state, token):
     state["added_tokens"] = []
 
 
+_PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # the library stops with a panic, no exception
+
+
 def _only_special(state):
     state["model"]["vocab"] = {"[UNK]": 0, "[CLS]": 1}
 
@@ -314,6 +318,9 @@ def _only_special(state):
         (_gpt, lambda state: state["model"].update(dropout=0.1), "drop out at random"),
         (_gpt, lambda state: state["model"]["merges"].append(["no", "such pair"]), "damaged"),
         (_gpt, lambda state: state.pop("model"), "damaged"),
+        (_gpt, lambda state: state["model"]["vocab"].update({"é": 7}), "tokens .* have the same id 7"),
+        (_words, lambda state: state["model"]["vocab"].update({"x": 2**32 - 1}), "'x' has id 4294967295, though"),
+        (_bert, lambda state: state.update(normalizer=_PANICS), "damaged"),
         (_gpt, lambda state: state.update(decoder=None), "does not read what it writes: 'seven' came back as"),
         (_gpt, lambda state: state["added_tokens"].append(_added("é", 305, special=False)), "added token 'é'"),
     ],
@@ -337,8 +344,9 @@ def test_a_file_with_a_fault_is_refused(written, make, change, fault):
         (b'{"tokenizer_class": "LlamaTokenizer"}', r"AutoTokenizer\.from_pretrained"),
         (b'{"a": 0, "b": 1}', "damaged or no tokenizer.json"),
         (b"[1, 2]", "damaged or no tokenizer.json"),
+        (b'{"normalizer":' * 100_000, "damaged or no tokenizer.json"),
     ],
-    ids=["empty", "truncated", "sentencepiece", "config", "vocabulary", "list"],
+    ids=["empty", "truncated", "sentencepiece", "config", "vocabulary", "list", "nested"],
 )
 def test_what_is_no_tokenizer_json_is_refused(tmp_path, content, fault):
     path = tmp_path / "tokenizer.json"
@@ -350,6 +358,9 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path, content, fault):
         BPETokenizer(str(tmp_path))
     with pytest.raises(ValueError, match=r"missing\.json does not exist"):
         BPETokenizer(str(tmp_path / "missing.json"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a pipe or a device"):
+        BPETokenizer(str(tmp_path / "pipe"))
 
 
 def _lighter(state):

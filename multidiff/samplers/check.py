@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from multidiff.samplers.guidance import check_guidance
 from multidiff.samplers.order import BY_MODEL, BY_PLACE
 from multidiff.samplers.remask import POSTERIOR, REMASKS
 
+LARGEST = 1_000_000  # beyond it, products of settings and log-probabilities leave the range of floats
 CACHES = ("none", "approximate_prefix", "approximate_dual")
 
 
@@ -65,40 +65,63 @@ def check_settings(settings: dict[str, Any]) -> None:
     check_guidance(settings["guidance_scale"], settings["guidance_schedule"])
 
 
+def check_scale(scale: Any) -> None:
+    """Raises a ValueError unless `scale` is a finite guidance scale, or a table of them."""
+    values = scale.values() if isinstance(scale, Mapping) else (scale,)
+    if not all(map(_number, values)):
+        raise ValueError(f"guidance_scale {scale!r} must be a number or a table of numbers, {_RANGE}")
+
+
+def check_steps(steps: Any) -> None:
+    """Raises a ValueError unless `steps` is a number of steps."""
+    if not _whole(steps) or steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, a whole number, and {_RANGE}; got {steps!r}")
+
+
+_RANGE = f"at most {LARGEST:,}"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _whole(value: Any) -> bool:
+    return _number(value) and isinstance(value, int)
+
+
+def _place(key: Any) -> bool:
+    """A place among codes; JSON has no keys but text."""
+    return (key.isdecimal() and len(key) < 10) if isinstance(key, str) else _whole(key) and key >= 0
+
+
 def _check_types(settings: dict[str, Any]) -> None:
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
     def whole_numbers(value: Any) -> bool:
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(map(whole, value))
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(map(_whole, value))
 
     def table(value: Any, of: Callable[[Any], bool]) -> bool:
         return isinstance(value, Mapping) and all(map(of, value.values()))
 
     kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(
-            ("temperature", "order_temperature", "level_penalty", "exponent", *ADAPTIVE), ("a number", number)
+            ("temperature", "order_temperature", "level_penalty", "exponent", *ADAPTIVE), ("a number", _number)
         ),
-        **dict.fromkeys(("top_p", "typical_p", "eta", "edit_threshold", "repetition_penalty"), ("a number", number)),
-        **dict.fromkeys(("top_k", "min_length", "max_length", "num_inference_steps"), ("a whole number", whole)),
-        "block_size": ("a whole number or 'level'", lambda value: value == "level" or whole(value)),
+        **dict.fromkeys(("top_p", "typical_p", "eta", "edit_threshold", "repetition_penalty"), ("a number", _number)),
+        **dict.fromkeys(("top_k", "min_length", "max_length", "num_inference_steps"), ("a whole number", _whole)),
+        "block_size": ("a whole number or 'level'", lambda value: value == "level" or _whole(value)),
         "loop": (
             "three numbers",
-            lambda value: isinstance(value, Sequence) and len(value) == 3 and all(map(number, value)),
+            lambda value: isinstance(value, Sequence) and len(value) == 3 and all(map(_number, value)),
         ),
         "forbidden": ("a list of whole numbers", whole_numbers),
-        "forced": ("a table of whole numbers", lambda value: table(value, whole)),
-        "canvas": ("a table of whole numbers", lambda value: table(value, whole)),
-        "guidance_scale": ("a number or a table of numbers", lambda value: number(value) or table(value, number)),
+        "forced": ("a table of whole numbers", lambda value: table(value, _whole) and all(map(_place, value))),
+        "canvas": ("a table of whole numbers", lambda value: table(value, _whole)),
     }
     never_null = {"temperature", "order_temperature", "level_penalty", "top_p", "typical_p", "repetition_penalty"}
     for name, (kind, fits) in kinds.items():
-        absent = settings[name] is None and name not in never_null | {"guidance_scale"}
+        absent = settings[name] is None and name not in never_null
         if not absent and not fits(settings[name]):
-            raise ValueError(f"{name} {settings[name]!r} must be {kind}")
+            raise ValueError(f"{name} {settings[name]!r} must be {kind}, {_RANGE}")
+    check_scale(settings["guidance_scale"])
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:
@@ -110,6 +133,8 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     for name, least in at_least.items():
         if settings[name] is not None and settings[name] < least:
             raise ValueError(f"{name} {settings[name]} must be at least {least}")
+    if 0 < settings["temperature"] < 1 / LARGEST:
+        raise ValueError(f"temperature {settings['temperature']} must be 0, which is greedy, or at least {1 / LARGEST}")
     for name in ("top_p", "typical_p", "repetition_penalty"):
         if settings[name] is not None and settings[name] <= 0:
             raise ValueError(f"{name} {settings[name]} must be more than 0")
@@ -129,13 +154,13 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise ValueError(f"min_length {least} is more than max_length {most}")
 
 
-def check_ids(settings: Mapping[str, Any], size: int, number: int, *, ends: bool) -> None:
+def check_ids(settings: Mapping[str, Any], size: int, number: int | None, *, ends: bool) -> None:
     """Raises a ValueError for ids, places and lengths that the codes to fill in do not have.
 
     Args:
         settings: of a `MaskSampler`.
         size: V, number of ids.
-        number: of codes to fill in, in the row that has most.
+        number: of codes to fill in, in the row that has most; None where that is not known yet.
         ends: whether their content may end before their room does.
     """
     forbidden, forced = set(settings["forbidden"] or ()), settings["forced"] or {}
@@ -146,7 +171,7 @@ def check_ids(settings: Mapping[str, Any], size: int, number: int, *, ends: bool
     if len(forbidden) == size:
         raise ValueError(f"forbidden leaves none of the {size} codes to draw, which temperature and top_p choose from")
     for place, token in forced.items():
-        if not 0 <= int(place) < number:
+        if number is not None and not 0 <= int(place) < number:
             raise ValueError(f"forced: place {place} is none of the {number} codes to fill in, 0 to {number - 1}")
         if token in forbidden:
             raise ValueError(f"forced wants code {token} at place {place}, which forbidden rules out")

@@ -46,7 +46,8 @@ def check_guidance(scale: float | Mapping[str, float], schedule: str | Sequence[
     if isinstance(schedule, str):
         known = schedule in ("constant", "linear")
     else:
-        known = isinstance(schedule, Sequence) and len(schedule) == 2 and 0 <= schedule[0] < schedule[1] <= 1
+        numbers = isinstance(schedule, Sequence) and all(type(share) in (int, float) for share in schedule)
+        known = numbers and len(schedule) == 2 and 0 <= schedule[0] < schedule[1] <= 1
     if not known:
         raise ValueError(f"guidance_schedule {schedule!r} must be constant, linear or [first, last] within [0, 1]")
     scales = scale.values() if isinstance(scale, Mapping) else (scale,)

@@ -6,7 +6,7 @@ Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row; V lo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from multidiff.samplers.choice import Choice, check_finite
 from multidiff.samplers.frames import Frames
 from multidiff.samplers.sampler import STEPS, MaskSampler, SamplerOutput, State, _uniform
+from multidiff.vocabulary import SharedVocabulary
+
+Scheduler = AmusedScheduler | BlockRefinementScheduler
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class SchedulerState(State):
         round_R: how many steps each row has spent in its block.
     """
 
-    schedulers: tuple[AmusedScheduler | BlockRefinementScheduler, ...]
+    schedulers: tuple[Scheduler, ...]
     round_R: tuple[int, ...]
 
 
@@ -39,7 +42,7 @@ class SchedulerSampler(MaskSampler):
     a frame stop together here too: a decision that contradicts another of the same step is drawn again.
     """
 
-    def __init__(self, scheduler: AmusedScheduler | BlockRefinementScheduler):
+    def __init__(self, scheduler: Scheduler):
         super().__init__()
         self.scheduler = scheduler
 
@@ -171,7 +174,41 @@ class SchedulerSampler(MaskSampler):
         return sample_RN, p_RN
 
 
-def as_sampler(sampler: MaskSampler | AmusedScheduler | BlockRefinementScheduler) -> MaskSampler:
+class Samplers(Mapping[str, MaskSampler]):
+    """The sampler of each tokenizer of a vocabulary; `samplers["image"] = AmusedScheduler(…)` sets one.
+
+    Args:
+        vocabulary: its tokenizers.
+        given: as `as_sampler` takes them; a tokenizer that is not named gets `MaskSampler()`.
+
+    Raises:
+        ValueError: an unknown tokenizer, or something that is no sampler; also when one is set.
+    """
+
+    def __init__(self, vocabulary: SharedVocabulary, given: Mapping[str, MaskSampler | Scheduler]):
+        self._vocabulary = vocabulary
+        self._samplers = {name: MaskSampler() for name in vocabulary.tokenizers}
+        for name, sampler in given.items():
+            self[name] = sampler
+
+    def __setitem__(self, name: str, sampler: MaskSampler | Scheduler) -> None:
+        self._vocabulary.layout(name)
+        self._samplers[name] = as_sampler(sampler)
+
+    def __getitem__(self, name: str) -> MaskSampler:
+        return self._samplers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._samplers)
+
+    def __len__(self) -> int:
+        return len(self._samplers)
+
+    def __repr__(self) -> str:
+        return repr(self._samplers)
+
+
+def as_sampler(sampler: MaskSampler | Scheduler) -> MaskSampler:
     """Whatever may be handed to the pipeline, as a `MaskSampler`.
 
     Raises:
@@ -179,7 +216,7 @@ def as_sampler(sampler: MaskSampler | AmusedScheduler | BlockRefinementScheduler
     """
     if isinstance(sampler, MaskSampler):
         return sampler
-    if isinstance(sampler, AmusedScheduler | BlockRefinementScheduler):
+    if isinstance(sampler, Scheduler):
         return SchedulerSampler(sampler)
     raise ValueError(
         f"{type(sampler).__name__} decides no masked tokens: give a MaskSampler, an AmusedScheduler or a "

@@ -11,6 +11,7 @@ Shape suffixes: N codes of one text, 3 axes.
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from multidiff import files
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 from multidiff_bpe.pieces import PROBES, Pieces
 
@@ -126,7 +128,7 @@ class BPETokenizer(ModalityTokenizer):
 
     def write(self, item: str, stem: Path) -> Path:
         path = stem.with_name(stem.name + ".txt")
-        _replace(path, valid(item))
+        files.write_bytes(path, valid(item).encode())
         return path
 
     def preview(self, item: str) -> Image.Image:
@@ -153,7 +155,7 @@ class BPETokenizer(ModalityTokenizer):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / FILE, self._pieces.content)
+        files.write_bytes(folder / FILE, self._pieces.content.encode())
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -182,13 +184,13 @@ def _pieces(tokenizer: Tokenizer) -> Pieces:
 
 
 def _read(path: Path) -> Pieces:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder; name the {FILE} in it")
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"{path} does not exist; train a tokenizer with `python -m multidiff_bpe`")
     try:
-        content = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        content = files.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged or no {FILE} of Hugging Face's: {error}") from None
     return Pieces(content, str(path))
 
@@ -205,10 +207,3 @@ def valid(text: Any) -> str:
             "mend it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from None
     return text
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write beside, then rename: what lies at `path` is whole at any time."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content.encode())
-    part.replace(path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from multidiff.tokenizer import ItemError
 UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
 # Stands in the vocabulary for what has no piece. U+10FFFF is no character and never will be, so no text spells it.
 UNKNOWN = "\U0010ffff" * 8
+GAPS = 10_000_000  # ids of a file that no token has
 PROBES = ["seven", "a handwritten 7, or two"]
 
 
@@ -44,17 +45,25 @@ class Pieces:
     def __init__(self, content: str, source: str):
         self.content, self.source = content, source
         try:
-            whole = Tokenizer.from_str(content)
-        except Exception as error:  # the library raises bare Exceptions
+            self._open()
+        except (ValueError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even that
             raise ValueError(
                 f"{source} is damaged or no tokenizer.json of Hugging Face's ({error}); transformers writes one with "
                 "`AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)`"
             ) from None
-        state, ids = json.loads(whole.to_str()), whole.get_vocab(with_added_tokens=True)
+
+    def _open(self) -> None:
+        whole = Tokenizer.from_str(self.content)
+        ids = whole.get_vocab(with_added_tokens=True)
+        if fault := _fault_of_ids(ids):
+            raise ValueError(f"{self.source} cannot be used: {fault}")
+        state = json.loads(whole.to_str())
         hidden = {token["content"] for token in state["added_tokens"] if token["special"]} | {_unknown(state["model"])}
         ordinary = ids.keys() - hidden
         if fault := _fault(state, ids.keys(), ordinary):
-            raise ValueError(f"{source} cannot be used: {fault}")
+            raise ValueError(f"{self.source} cannot be used: {fault}")
         self.tokens = sorted(ordinary, key=ids.__getitem__)
         self.file_ids = [ids[token] for token in self.tokens]
 
@@ -133,6 +142,16 @@ def _unknown(model: dict[str, Any]) -> str | None:
     if model["type"] == "Unigram":
         return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
     return model["unk_token"] or None
+
+
+def _fault_of_ids(ids: Mapping[str, int]) -> str | None:
+    names = {index: token for token, index in ids.items()}
+    if len(names) < len(ids):
+        token = min(token for token, index in ids.items() if names[index] != token)
+        return f"its tokens {token!r} and {names[ids[token]]!r} have the same id {ids[token]}"
+    if names and max(names) > len(names) + GAPS:  # the library looks at every id up to the largest
+        return f"its token {names[max(names)]!r} has id {max(names)}, though there are {len(names)} tokens"
+    return None
 
 
 def _fault(state: dict[str, Any], tokens: Set[str], ordinary: Set[str]) -> str | None:
