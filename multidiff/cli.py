@@ -1,6 +1,6 @@
 """The `multidiff` command. Looks at its first word before it imports anything heavy.
 
-multidiff fit|validate|test --config configs/digits.yaml     Lightning's CLI: train and evaluate
+multidiff fit|validate|test --config digits                          Lightning's CLI: train and evaluate
 multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blanks of a document
 multidiff plugins                                                    tokenizer plugins installed here
 multidiff new-tokenizer melody                                       a package for one of your own
@@ -13,8 +13,9 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any, NoReturn
+
+from multidiff import __version__
 
 _PRECISION = "MULTIDIFF_FASTEST_PRECISION"
 _TRAINING = {
@@ -26,7 +27,7 @@ _HELP = f"""usage: multidiff [--version] COMMAND ...
 
 One masked diffusion transformer for text, images, audio and whatever a plugin brings.
 
-training commands, all with --config FILE.yaml and --print_config:
+training commands, all with --config FILE (or the name of a shipped one: digits) and --print_config:
   fit        {_TRAINING["fit"]}
   validate   {_TRAINING["validate"]}
   test       {_TRAINING["test"]}
@@ -42,13 +43,25 @@ tokenizers:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `multidiff` command; `arguments` default to those of the process."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Entry point of the `multidiff` command; `arguments` default to those of the process.
+
+    Exits with 2 where the command line is wrong, 1 where the work fails, 130 after Ctrl-C.
+    """
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except (ValueError, ImportError, OSError) as error:
+        stop(error)
+    except KeyboardInterrupt:
+        print("multidiff: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(_HELP)
     elif command == "--version":
-        print(version("multidiff"))
+        print(__version__)
     elif command == "generate":
         from multidiff.generate import main as generate
 
@@ -63,24 +76,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _train(arguments)
     else:
         known = [*_TRAINING, "generate", "plugins", "new-tokenizer"]
-        sys.exit(f"multidiff: no command {command!r}; known: {', '.join(known)}")
+        print(f"multidiff: no command {command!r}; known: {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _train(arguments: list[str]) -> None:
     from jsonargparse import set_parsing_settings
     from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningCLI
     from omegaconf import OmegaConf
 
+    from multidiff import configuration
     from multidiff.checkpoints import Checkpoints
+    from multidiff.lightning_checkpoint import check_checkpoint
 
     class CLI(LightningCLI):
+        def init_parser(self, **kwargs: Any) -> configuration.Parser:
+            return configuration.make_parser(**kwargs)
+
         def _parse_ckpt_path(self) -> None:
             """Configuration and command line win over the hyper-parameters that a checkpoint carries."""
 
         def add_arguments_to_parser(self, parser: Any) -> None:
             help_ = "Remove the checkpoints of an earlier run from the folder that this one writes to."
             parser.add_argument("--overwrite", type=bool, default=False, help=help_)
+
+        def before_instantiate_classes(self) -> None:
+            if path := self._get(self.config, "ckpt_path"):
+                check_checkpoint(path)
 
         def before_fit(self) -> None:
             for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,6 +114,7 @@ def _train(arguments: list[str]) -> None:
                     if self.trainer.is_global_zero and not goes_on:  # else what is continued is known later
                         callback.claim(goes_on=False)
 
+    command = arguments[0]
     # Lightning's own, at every start.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     warnings.filterwarnings("ignore", "Precision bf16-mixed is not supported by the model summary", UserWarning)
@@ -105,23 +130,37 @@ def _train(arguments: list[str]) -> None:
             save_config_kwargs={"overwrite": True},
             # The data module gives every rank its own documents; a second split by Lightning would lose some.
             trainer_defaults={"use_distributed_sampler": False},
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={
+                "prog": "multidiff",
+                "parser_mode": configuration.MODE,
+                command: configuration.describe(command, arguments),
+            },
         )
-    except (ValueError, ImportError) as error:
+    except MisconfigurationException as error:
         stop(error)
 
 
 def stop(error: BaseException) -> NoReturn:
-    """End with the message alone where multidiff or a plugin says what is wrong, with the traceback elsewhere.
+    """End with a sentence where multidiff, a plugin or Lightning says what is wrong, and where the system refuses: a
+    full disk, a folder that is not writable. With the traceback elsewhere.
 
     What a constructor says reaches the command line wrapped in the argument parser's own errors.
     """
+    if isinstance(error, OSError):
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk or a closed pipe: what is left would raise again when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # whoever read our output has left
+        sys.exit(1)
+    if isinstance(error, OSError) and error.strerror:
+        sys.exit(f"multidiff: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
     link: BaseException | None = error
     while link is not None:
         place = link.__traceback__
         while place is not None and place.tb_next is not None:
             place = place.tb_next
-        if place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("multidiff"):
+        if place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith(("multidiff", "lightning.")):
             sys.exit(f"multidiff: {link}")
         link = link.__cause__ or link.__context__
     raise error
@@ -155,19 +194,13 @@ def _measured_precision() -> str:
 def _print_plugins() -> None:
     from multidiff import plugins
 
-    rows = [("NAME", "MODALITY", "CODES", "PACKAGE", "VERSION", "STATE")]
-    for plugin in plugins.survey():
-        codes = " + ".join(f"{size:,}" for size in plugin.codes) or "as configured"
-        rows.append(
-            (
-                plugin.name,
-                plugin.modality or "?",
-                codes if plugin.modality else "?",
-                plugin.package,
-                plugin.version,
-                plugin.problem or "works",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    rows = [("NAME", "MODALITY", "PACKAGE", "VERSION", "STATE")]
+    found = plugins.survey()
+    for plugin in found:
+        state = " ".join((plugin.problem or "works").split())
+        rows.append((plugin.name, plugin.modality or "?", plugin.package, plugin.version, state))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for *cells, state in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), state]))
+    if any(plugin.problem for plugin in found):
+        sys.exit(1)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import mimetypes
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,13 +36,7 @@ def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
 
     try:
         _generate(preset, options, overrides)
-    except OSError as error:
-        try:
-            sys.stdout.flush()
-        except OSError:  # a full disk or a closed pipe: what is left would raise again when the process ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"multidiff: {error}")
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         stop(error)
 
 

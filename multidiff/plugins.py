@@ -29,8 +29,7 @@ class Report:
     Attributes:
         name: of its entry point.
         package, version: of its distribution; "?" where an entry point has none.
-        modality: of its class; "" where that does not import.
-        codes: codebook sizes with default arguments; empty where it has none.
+        modality: of its class; "" where that cannot be used or does not say.
         problem: why it cannot be used; None where it can.
     """
 
@@ -38,7 +37,6 @@ class Report:
     package: str
     version: str
     modality: str = ""
-    codes: tuple[int, ...] = ()
     problem: str | None = None
 
 
@@ -48,7 +46,10 @@ def names() -> set[str]:
 
 
 def survey() -> list[Report]:
-    """Every installed plugin, each tried by itself: one that does not import is reported and stops no other."""
+    """Every installed plugin, each imported by itself: one that cannot be used is reported and stops no other.
+
+    None is built: that can take seconds, weights and arguments that only a configuration knows.
+    """
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
     return [_report(point, [other for other in points if other.name == point.name]) for point in points]
 
@@ -60,12 +61,8 @@ def _report(point: EntryPoint, claims: list[EntryPoint]) -> Report:
         cls = _class_of(point)
     except (ImportError, ValueError) as error:
         return Report(point.name, package, version, problem=str(error))
-    try:
-        codes = tuple(cls().codebook_sizes)
-    except Exception:  # it needs arguments, or what its defaults name is not there
-        codes = ()
     problem = f"{' and '.join(others)} has the same name; uninstall one of them" if others else None
-    return Report(point.name, package, version, cls.modality, codes, problem)
+    return Report(point.name, package, version, getattr(cls, "modality", ""), problem)
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -88,7 +85,7 @@ def load(name: str) -> type[ModalityTokenizer]:
     """The class of plugin `name`.
 
     Raises:
-        ValueError: no such plugin (the message names the nearest), or it is no `ModalityTokenizer`.
+        ValueError: no such plugin (the message names the nearest), or it is no `ModalityTokenizer`, or an abstract one.
         ImportError: the plugin does not import; the message says which and why.
     """
     points = installed()
@@ -106,6 +103,8 @@ def _class_of(point: EntryPoint) -> type[ModalityTokenizer]:
         raise ImportError(f"plugin {point.name!r} ({_origin(point)}) does not import: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, ModalityTokenizer)):
         raise ValueError(f"plugin {point.name!r} ({_origin(point)}) is not a multidiff.ModalityTokenizer")
+    if lacking := sorted(cls.__abstractmethods__):
+        raise ValueError(f"plugin {point.name!r} ({_origin(point)}) is abstract: it does not have {', '.join(lacking)}")
     return cls
 
 

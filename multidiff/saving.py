@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from multidiff import files, plugins
+from multidiff import __version__, files, plugins
 from multidiff.samplers import MaskSampler
 from multidiff.samplers.check import check_ids
 from multidiff.samplers.scheduler import SchedulerSampler
@@ -66,7 +65,7 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
             (beside / "tokenizers" / name).mkdir(parents=True)
             tokenizer.save(beside / "tokenizers" / name)
         files.write_json(beside / "samplers.json", settings)
-        files.write_json(beside / "model_index.json", {**_INDEX, "_multidiff_version": version("multidiff")})
+        files.write_json(beside / "model_index.json", {**_INDEX, "_multidiff_version": __version__})
         write_card(pipeline, beside)
 
 

@@ -75,11 +75,16 @@ def test_generating_does_not_import_the_training_stack(model):
     subprocess.run([sys.executable, "-c", code, str(picture)], check=True, capture_output=True)
 
 
-def test_plugins_lists_the_first_party(capsys):
-    main(["plugins"])
-    printed = capsys.readouterr().out
-    for name in ("bpe", "vq", "codec", "encodec"):
-        assert any(line.split()[:1] == [name] for line in printed.splitlines())
+def test_plugins_lists_the_first_party_without_importing_their_models():
+    code = (
+        "import sys; from multidiff.cli import main; main(['plugins'])\n"
+        "heavy = {'transformers', 'diffusers', 'lightning', 'jsonargparse'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
+    modalities = {"bpe": "text", "vq": "image", "codec": "audio", "encodec": "audio"}
+    assert all(lines[name][0] == modality and lines[name][-1] == "works" for name, modality in modalities.items())
 
 
 def test_captions(model, files, capsys):
@@ -236,11 +241,110 @@ def test_a_prompt_longer_than_its_canvas_is_refused(model):
         main(["generate", "image", "--model", str(model), "--prompt", "sevens"])
 
 
-def test_unknown_command():
-    with pytest.raises(SystemExit, match="no command 'train'; known: fit"):
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
         main(["train"])
+    assert stopped.value.code == 2
+    assert "multidiff: no command 'train'; known: fit" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="does not exist"):
         main(["generate", "caption", "--model", "nowhere", "a.png"])
+
+
+CONFIG = """
+model:
+  class_path: multidiff.training.MaskedDiffusionModule
+  init_args: {tokenizers: {text: {plugin: bpe}}, tasks: [{roles: {others: target}}]}
+data:
+  class_path: multidiff.data.DocumentData
+  init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}"}
+"""
+MODULE, HELP = "model: multidiff.training.MaskedDiffusionModule: ", "`multidiff fit --help` explains the options."
+MODULE_HELP = "`multidiff fit --model.help multidiff.training.MaskedDiffusionModule` explains the options."
+WRONG = {
+    "option": (["--trainer.max_stps", "1"], "", f"max_stps 1; did you mean --trainer.max_steps? {HELP}"),
+    "key": ([], "trainer: {max_stps: 1}", f"option 'trainer.max_stps'; did you mean trainer.max_steps? {HELP}"),
+    "argument": (
+        ["--model.init_args.warmup_step", "1"],
+        "",
+        f"{MODULE}Option 'warmup_step' is not accepted; did you mean warmup_steps? {MODULE_HELP}",
+    ),
+    "value": (
+        [],
+        ("others: target", "others: targt"),
+        f"{MODULE}tasks: multidiff.diffusion.Task: roles: expected one of ['target', 'given', 'absent'], got targt. "
+        f"{MODULE_HELP}",
+    ),
+    "type": (["--trainer.max_steps", "few"], "", f"trainer.max_steps: expected int, got few. {HELP}"),
+    "class": ([], ("MaskedDiffusionModule", "Masked"), f"has no attribute 'Masked'. {HELP}"),
+    "link": ([], ("args.tokenizers}", "args.tokens}"), "Interpolation key '...model.init_args.tokens' not found"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_training_is_a_sentence_and_what_to_do(name, tmp_path, capsys):
+    arguments, change, message = WRONG[name]
+    (tmp_path / "a.yaml").write_text(CONFIG.replace(*change) if isinstance(change, tuple) else CONFIG + change)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(tmp_path / "a.yaml"), *arguments])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("multidiff: ")
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_a_training_needs_a_configuration(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit"])
+    assert stopped.value.code == 2
+    assert "a configuration is needed, --config FILE or NAME; shipped are digits, emoji" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "explained"),
+    [
+        ([], {"--model.init_args.tasks", "--data.init_args.slack", "--data.init_args.row_length"}),
+        (["--config", "digits"], {"--model.init_args.tokenizers", "--data.init_args.on_error"}),
+        (["--config", "vq_digits"], {"--model.init_args.revive_below", "--data.init_args.channels"}),
+        (["--config=vq_digits"], {"--model.init_args.revive_below", "--data.init_args.channels"}),
+    ],
+)
+def test_help_explains_the_options_of_model_and_data(arguments, explained, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *arguments, "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    words = set(printed.split())
+    assert explained <= words
+    assert {"--trainer.max_steps", "--model.help", "--data.help", "tokenizers/vq_digits"} <= words
+    assert ("--model.init_args.tasks" in words) == ("vq_digits" not in str(arguments))
+
+
+def test_what_the_system_refuses_is_a_sentence(model, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^multidiff: .*image-000 cannot be written \(Not a directory\)$"):
+        main(["generate", "--model", str(model), "--fill", "image", "--output", str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit, match=r"^multidiff: .*file.* cannot be written \(File exists\)$"):
+        main(["new-tokenizer", "tide", "--output", str(tmp_path / "file" / "tide")])
+
+
+def test_ctrl_c_and_a_bug_are_told_apart(monkeypatch, capsys):
+    def raises(error):
+        def listing():
+            raise error
+
+        monkeypatch.setattr(cli, "_print_plugins", listing)
+
+    raises(KeyboardInterrupt())
+    with pytest.raises(SystemExit) as stopped:
+        main(["plugins"])
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "multidiff: interrupted\n")
+    raises(OSError(28, "No space left on device"))
+    with pytest.raises(SystemExit, match=r"^multidiff: No space left on device$"):
+        main(["plugins"])
+    raises(ValueError("a bug of another package"))
+    with pytest.raises(ValueError, match="a bug"):
+        main(["plugins"])
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [(torch.float32, "bf16-mixed"), (torch.bfloat16, "32-true")])

@@ -1,20 +1,24 @@
-"""Every shipped YAML parses, and trains a step on a few items."""
+"""Every shipped YAML parses, trains, writes a checkpoint on Ctrl-C and goes on from it; and how a YAML is found."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import yaml
+import torch
+from lightning.pytorch import Callback
 from PIL import Image
 
+from multidiff import configuration
 from multidiff.cli import main
 from multidiff_bpe import BPETokenizer
 from multidiff_vq import VQTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TEMPLATE = ROOT / "multidiff" / "template" / "training.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,30 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """A data folder for the template, whose plugin `test_is_interrupted_and_goes_on` installs from the same place."""
+    folder = tmp_path_factory.mktemp("series")
+    lines = []
+    for index in range(48):
+        (folder / f"{index}.csv").write_text("0\n0.5\n")
+        segments = [{"text": "up"}, {"series": f"{index}.csv"}]
+        lines.append(json.dumps({"split": ("train", "validation")[index % 6 == 0], "segments": segments}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    info = folder / "multidiff_series-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: multidiff-series\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[multidiff.tokenizers]\nseries = multidiff_series:SeriesTokenizer\n")
+    return folder
+
+
+class CtrlC(Callback):
+    """After the first step."""
+
+    def on_train_batch_end(self, *_):
+        raise KeyboardInterrupt
+
+
 def test_there_are_configs():
     assert {path.name for path in CONFIGS} >= {"digits.yaml", "emoji.yaml"}
 
@@ -43,28 +71,29 @@ def test_parses(path, capsys):
     assert "class_path" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_an_interruption_leaves_a_checkpoint(path):
-    """Ctrl-C, as the README promises: Lightning writes none unless told to."""
-    callbacks = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]["callbacks"]
-    checkpoints = [one for one in callbacks if one["class_path"] == "multidiff.checkpoints.Checkpoints"]
-    assert checkpoints
-    assert all(one["init_args"].get("save_on_exception", True) for one in checkpoints)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_trains_a_step(path, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("path", [*CONFIGS, TEMPLATE], ids=lambda path: path.stem)
+def test_is_interrupted_and_goes_on(path, data, series, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    BPETokenizer.train(["number 1 2 3 4"] * 3, 270).save(tmp_path)
-    arguments = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    arguments += ["--data.init_args.folder", str(data)]
+    arguments = ["fit", "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    if path == TEMPLATE:
+        monkeypatch.syspath_prepend(series)
+        monkeypatch.syspath_prepend(TEMPLATE.parent)
+        arguments += ["--data.init_args.folder", str(series)]
+    else:
+        arguments += ["--data.init_args.folder", str(data)]
     if path.parent.name == "configs":
+        BPETokenizer.train(["number 1 2 3 4"] * 3, 270).save(tmp_path)
         arguments += ["--model.init_args.tokenizers.text", json.dumps({"plugin": "bpe", "folder": str(tmp_path)})]
-    main(["fit", "--config", str(path), *arguments])
+    with pytest.raises(SystemExit):
+        main([*arguments, "--trainer.callbacks+", "test_configs.CtrlC"])
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+    main([*arguments, "--ckpt_path", str(checkpoint), "--trainer.max_steps", "2"])
     assert list(tmp_path.rglob("*.safetensors"))
     if path.parent.name == "tokenizers":
         for command, metric in (("validate", "val/"), ("test", "test/")):
-            main([command, "--config", str(path), *arguments])
+            main([command, *arguments[1:]])
             assert metric in capsys.readouterr().out
 
 
@@ -79,3 +108,74 @@ def test_a_preset_alone_decides_what_is_trained(data, tmp_path, monkeypatch):
     assert len(tokenizer.encode([tokenizer.read("0.png", data)])[0]) == 64
     with pytest.raises(SystemExit, match="channels: 1, and preset 'rgb-64' has 3: leave channels out"):
         main(["fit", "--config", config, *arguments, "--data.init_args.channels", "1", "--overwrite", "true"])
+
+
+@pytest.mark.parametrize(
+    "value", ["tokenizers/vq_digits", "vq_digits", "vq_digits.yaml", "configs/tokenizers/vq_digits.yaml"]
+)
+def test_a_shipped_configuration_is_found_by_name(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("vq_digits").mkdir()
+    assert configuration.find(value) == ROOT / "configs" / "tokenizers" / "vq_digits.yaml"
+    Path("vq_digits.yaml").write_text("trainer: {max_steps: 1}")
+    own = value == "vq_digits.yaml"
+    assert configuration.find(value).read_text() == ("trainer: {max_steps: 1}" if own else CONFIGS[-2].read_text())
+
+
+def laughs(kind):
+    """A YAML file of a few hundred bytes that stands for 9^9 values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]" if kind == "list" else "a: &a {k: 1, l: 2}"]
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True):
+        nine = ", ".join([f"*{before}"] * 9)
+        lines.append(f"{name}: &{name} [{nine}]" if kind == "list" else f"{name}: &{name} {{<<: [{nine}]}}")
+    return "\n".join(lines)
+
+
+BAD = {
+    "list": (laughs("list"), "more than 8,000 values"),
+    "merge": (laughs("merge"), "more than 8,000 values"),
+    "text": (f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 20)}]", "more than 8,000 values"),
+    "cycle": ("model: {x: &x [*x]}", r"an alias \*x within what it stands for"),
+    "deep": ("model: " + 100_000 * "[", "nested more than 100 deep"),
+    "broken": ("trainer:\n  max_steps: [1", "not YAML: did not find expected .* at line 3"),
+    "control": ("a: \x01", "not YAML: .*(special|control) characters"),
+    "binary": (b"\x00\xff", "not UTF-8 text"),
+    "words": ("all words", "no configuration: expected a mapping"),
+    "empty": ("", "no configuration: expected a mapping"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_no_configuration_is_refused_by_name(name, tmp_path):
+    content, message = BAD[name]
+    path = tmp_path / f"{name}.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(SystemExit, match=rf"^multidiff: .*{name}.yaml .*({message})") as stopped:
+        main(["fit", "--config", str(path)])
+    assert "\n" not in str(stopped.value)
+
+
+def test_what_is_no_file_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit, match="pipe is a pipe or a device"):
+        main(["fit", "--config", str(tmp_path / "pipe")])
+    with pytest.raises(SystemExit, match="is a folder"):
+        main(["fit", "--config", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"--config digit: there is no such file.* digits, emoji, tokenizers/"):
+        main(["fit", "--config", "digit"])
+
+
+def test_a_file_within_a_configuration_is_bounded_too(tmp_path, capsys):
+    (tmp_path / "model.yaml").write_text(laughs("list"))
+    (tmp_path / "a.yaml").write_text("model: model.yaml")
+    for arguments in (["--model", str(tmp_path / "model.yaml")], ["--config", str(tmp_path / "a.yaml")]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", *arguments])
+        assert stopped.value.code == 2
+        assert "model: a configuration has more than 8,000 values" in capsys.readouterr().err
+
+
+def test_aliases_and_many_values_are_fine(tmp_path):
+    many = ", ".join(map(str, range(5000)))
+    (tmp_path / "a.yaml").write_text(f"a: &a [{many}]\nb: &b {{c: 1}}\nd: {{<<: *b, e: *b}}\n")
+    assert configuration.read(tmp_path / "a.yaml").startswith("a: &a [0, 1")

@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-5000])
     for command in ("fit", "validate"):
-        with pytest.raises(SystemExit, match=r"last\.ckpt is damaged"):
+        with pytest.raises(SystemExit, match=r"last\.ckpt is truncated, damaged"):
             main([command, "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(last)])
     with pytest.raises(SystemExit, match=r"no\.ckpt is missing"):
         main(["fit", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(tmp_path / "checkpoints/no.ckpt")])

@@ -164,8 +164,11 @@ def test_a_lock_is_held_once_and_not_by_forked_children(tmp_path):
     lock = files.lock_file(tmp_path / "lock")
     with pytest.raises(BlockingIOError):
         files.lock_file(tmp_path / "lock")
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    processes = multiprocessing.get_context("fork")
+    started = processes.Event()
+    child = processes.Process(target=lambda: (started.set(), time.sleep(30)))
     child.start()
+    started.wait()
     files.unlock(lock)
     files.unlock(files.lock_file(tmp_path / "lock"))
     child.kill()

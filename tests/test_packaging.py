@@ -87,7 +87,7 @@ def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel):
         for name, folder in SHIPPED.items()
         for file in folder.rglob("*")
         if file.is_file() and file.suffix != ".pyc"
-    }
+    } | {f"multidiff/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").rglob("*.yaml")}
     with zipfile.ZipFile(wheel) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         (entry_points,) = (name for name in sizes if name.endswith("dist-info/entry_points.txt"))
@@ -129,11 +129,26 @@ def test_plugins_pass_their_own_tests_where_they_are_installed(environment, tmp_
     assert "20 passed" in run(environment / "python", "-m", "pytest", "-q", cwd=tmp_path)
     listed = run(environment / "multidiff", "plugins", cwd=tmp_path)
     for line in (
-        "melody +melody +128 [+] 16 +multidiff-melody +0.1.0 +works",
-        "labelmap +class map +16 +multidiff-labelmap +0.1.0 +works",
-        "tide_gauge +tide_gauge +256 +multidiff-tide_gauge +0.1.0 +works",
+        "melody +melody +multidiff-melody +0.1.0 +works",
+        "labelmap +class map +multidiff-labelmap +0.1.0 +works",
+        "tide_gauge +tide_gauge +multidiff-tide_gauge +0.1.0 +works",
     ):
         assert re.search(f"^{line}$", listed, re.M)
+
+
+def test_configurations_are_found_by_name_where_the_wheel_is_installed(environment, tmp_path):
+    printed = run(environment / "multidiff", "fit", "--config", "digits", "--print_config", cwd=tmp_path)
+    assert "folder: runs/digits/data" in printed
+
+
+def test_what_is_installed_beside_the_command_is_named_as_it_is_published():
+    for folder in (*EXAMPLES.values(), TEMPLATE):
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert PROJECT["name"] in project["dependencies"]
+    extras = "|".join(PROJECT["optional-dependencies"])
+    for file in chain(*((ROOT / name).rglob("*.py") for name in ("multidiff", "tokenizers", "demo", "scripts"))):
+        for name in re.findall(rf"([\w-]+)\[(?:{extras})\]", file.read_text(encoding="utf-8")):
+            assert name == PROJECT["name"], file
 
 
 def test_examples_are_short():
@@ -197,7 +212,7 @@ def test_nothing_is_imported_that_is_not_declared(folder, extras):
     allowed = {normal(requirement) for requirement in declared}
     providers = packages_distributions()
     plugins = {"multidiff_melody", "multidiff_labelmap", "multidiff_series"}
-    own = {"demo", "scripts", *plugins, *SHIPPED} | {file.stem for file in (ROOT / "tests").glob("*.py")}
+    own = {"demo", "scripts", "fuzz", *plugins, *SHIPPED} | {file.stem for file in (ROOT / "tests").glob("*.py")}
     undeclared = {
         f"{file.relative_to(ROOT)}: {name}"
         for file, name in imports(ROOT / folder)

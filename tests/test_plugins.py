@@ -674,20 +674,28 @@ def test_a_survey_tries_every_plugin_by_itself(walks, install, capsys):
     install("leaving", {"leaving": "leaving_plugin:Gone"}, "leaving_plugin", "raise SystemExit('no licence')\n")
     needs = SUBCLASS + "class Needs(Walks):\n    def __init__(self, path): pass\n"
     install("needing", {"needs": "needing_plugin:Needs"}, "needing_plugin", needs)
+    half = (
+        "from multidiff import ModalityTokenizer\nclass Half(ModalityTokenizer):\n    def encode(self, items): pass\n"
+    )
+    install("abstract", {"half": "abstract_plugin:Half"}, "abstract_plugin", half)
     install("running", {"walks": "running:Walks"})
     found = {(report.name, report.package): report for report in plugins.survey()}
     assert "no module named" in found["broken", "broken"].problem.lower()
     assert "no licence" in found["leaving", "leaving"].problem
     assert found["needs", "needing"] == plugins.Report("needs", "needing", "1.2", "walk")
     assert "running:Walks of running 1.2 has the same name" in found["walks", "walking"].problem
-    assert found["bpe", "multidiff"].problem is None
-    main(["plugins"])
+    assert "abstract_plugin:Half of abstract 1.2) is abstract: it does not have canvas, decode" in (
+        found["half", "abstract"].problem
+    )
+    assert next(report for report in found.values() if report.name == "bpe").problem is None
+    with pytest.raises(SystemExit) as stopped:
+        main(["plugins"])
+    assert stopped.value.code == 1
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["broken"].split()[1:5] == ["?", "?", "broken", "1.2"]
+    assert lines["broken"].split()[1:4] == ["?", "broken", "1.2"]
     assert "does not import" in lines["broken"]
-    assert "walk" in lines["needs"]
-    assert "as configured" in lines["needs"]
-    assert lines["needs"].endswith("works")
+    assert lines["half"].split()[1:4] == ["?", "abstract", "1.2"]
+    assert lines["needs"].split()[1:] == ["walk", "needing", "1.2", "works"]
 
 
 def test_a_class_without_an_entry_point_has_no_name():

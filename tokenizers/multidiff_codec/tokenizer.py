@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
 from multidiff.files import write_json
-from multidiff_codec.folder import read_codec
-from multidiff_codec.models import Codec
 from multidiff_sound import SoundTokenizer
 from multidiff_sound.folder import CONFIG, WEIGHTS, fingerprint_of, read_json, write_folder
+
+if TYPE_CHECKING:
+    from multidiff_codec.models import Codec
 
 _SETTINGS = "codec.json"
 # What transformers notes in a configuration that decides nothing.
@@ -41,6 +42,8 @@ class CodecTokenizer(SoundTokenizer):
     model: Codec
 
     def __init__(self, weights: str, num_codebooks: int | None = None, max_seconds: float = 120.0):
+        from multidiff_codec.folder import read_codec  # seconds, which a list of plugins need not take
+
         folder = Path(weights)
         self.model, self._config, self._tensors = read_codec(folder)
         levels = self.model.most if num_codebooks is None else num_codebooks

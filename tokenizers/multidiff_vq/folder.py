@@ -10,14 +10,17 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.autoencoders.vq_model import VQModel
 from safetensors.torch import save
 from torch import Tensor
 
 from multidiff.files import read_json, read_tensors, write_bytes, write_json
 from multidiff_autoencoder.bounds import check_counts
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vq_model import VQModel
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,6 +35,8 @@ def read_model(folder: Path) -> VQModel:
     Raises:
         ValueError: a missing, truncated or foreign file, or weights that do not match the configuration; names it.
     """
+    from diffusers.models.autoencoders.vq_model import VQModel  # seconds, which a list of plugins need not take
+
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: expected one with {CONFIG} and {WEIGHTS}")
     path = folder / CONFIG

@@ -64,7 +64,7 @@ def fixed_quantizer(quantizer: Quantizer, model: VQModel, levels: Sequence[int] 
         from vector_quantize_pytorch import FSQ, LFQ
     except ImportError:
         raise ValueError(
-            f"quantizer {quantizer} needs vector-quantize-pytorch: pip install 'multidiff[quantizers]'"
+            f"quantizer {quantizer} needs vector-quantize-pytorch: pip install 'masked-multidiff[quantizers]'"
         ) from None
     codebook = model.quantize.embedding.weight
     if quantizer == "fsq":
