@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import mimetypes
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +37,16 @@ def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
     from multidiff.cli import stop
 
     try:
-        _generate(preset, options, overrides)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            _generate(preset, options, overrides)
     except (ValueError, ImportError, OSError) as error:
         stop(error)
+
+
+def _show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """A warning as a sentence, without the line of code that it comes from."""
+    print(f"multidiff: {message}", file=sys.stderr)
 
 
 def _parser(preset: str | None, prog: str) -> argparse.ArgumentParser:
@@ -147,7 +156,8 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
         )
         for index, document in zip(batch, output.documents, strict=True):
             if preset == "caption":
-                caption = " ".join(document[-1].item.split())  # one line, whatever it holds
+                (made,) = (part for part in document if not part.given)
+                caption = " ".join(made.item.split())  # one line, whatever it holds
                 print(f"{options.files[index // options.num]}\t{caption}", flush=True)
             else:
                 _deliver(document, documents[index // options.num], index, options.output, pipeline)
@@ -175,12 +185,12 @@ def _documents(
             if modality not in ("image", "audio"):
                 raise ValueError(f"{file}: its name ends like neither a picture nor a sound (.png, .jpg, .wav, .flac)")
             name = _named(pipeline, modality)
-            documents.append([_given(pipeline, name, file), Blank(text)])
+            documents.append(_ordered([_given(pipeline, name, file), Blank(text)], pipeline))
         return documents
     if preset:
         conditions = (("text", options.prompt), ("image", options.image), ("audio", options.audio))
         given = [(_named(pipeline, modality), value) for modality, value in conditions if value is not None]
-        return [[*(_given(pipeline, *pair) for pair in given), Blank(_named(pipeline, preset))]]
+        return [_ordered([*(_given(pipeline, *pair) for pair in given), Blank(_named(pipeline, preset))], pipeline)]
     parts = []
     for option, name, value in options.segments:
         pipeline.vocabulary.layout(name)
@@ -189,6 +199,12 @@ def _documents(
         else:
             parts.append(Blank(name, **_size(name, value)))
     return [parts]
+
+
+def _ordered(document: list[Given | Blank], pipeline: MultiDiffPipeline) -> list[Given | Blank]:
+    """The segments in an order that the model was trained on, where there is one."""
+    places = pipeline.seen.order_of([part.tokenizer for part in document]) if pipeline.seen else None
+    return document if places is None else [document[place] for place in places]
 
 
 def _given(pipeline: MultiDiffPipeline, name: str, value: str) -> Given:

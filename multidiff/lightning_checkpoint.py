@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multidiff import files, plugins
 from multidiff.saving import Parts, first_line, load_samplers, load_tokenizer, restore_transformer
+from multidiff.seen import SeenDocuments
 from multidiff.tokenizer import ModalityTokenizer
 from multidiff.vocabulary import SharedVocabulary
 
@@ -35,6 +36,7 @@ def load_checkpoint(path: Path) -> Parts:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = checkpoint[KEY]
         recipe = [dict(saved[part]) for part in ("vocabulary", "tokenizers", "transformer", "samplers")]
+        documents = saved["documents"]
         weights = dict(checkpoint["state_dict"])
     except Exception as error:
         raise ValueError(
@@ -47,7 +49,8 @@ def load_checkpoint(path: Path) -> Parts:
     prefix = "transformer."
     weights = {str(name)[len(prefix) :]: weight for name, weight in weights.items() if str(name).startswith(prefix)}
     transformer = restore_transformer({**config, "vocabulary_rows": vocabulary.rows}, str(path), weights, str(path))
-    return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path))
+    seen = None if documents is None else SeenDocuments.from_dict(documents, str(path))
+    return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path)), seen
 
 
 def check_checkpoint(path: str | Path) -> None:

@@ -14,6 +14,7 @@ M positions whose logits a step reads, V local ids.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from multidiff.lightning_checkpoint import load_checkpoint, unpack
 from multidiff.samplers import MaskSampler
 from multidiff.samplers.check import check_scale, check_steps
 from multidiff.samplers.scheduler import Samplers, Scheduler
+from multidiff.seen import SeenDocuments
 from multidiff.sequence import Segment, Sequencer, TokenBatch
 from multidiff.tokenizer import Codes, ModalityTokenizer
 from multidiff.transformer import MaskedDiffusionTransformer
@@ -57,7 +59,7 @@ class Given:
 
 class Blank:
     """A segment to fill in: `Blank("image", height=32, width=48)`; a size not given is that of the saved sampler
-    settings (`canvas`), else the tokenizer's default.
+    settings (`canvas`), else the usual one of training, else the tokenizer's default.
 
     Where length varies, the size is room, not length: the model decides where in it the content ends.
     """
@@ -138,6 +140,8 @@ class MultiDiffPipeline(DiffusionPipeline):
         vocabulary: the layout that it was trained with.
         tokenizers: live tokenizers by name, matching the vocabulary.
         samplers: a sampler, or a scheduler of diffusers, for each tokenizer; a missing one gets `MaskSampler()`.
+        seen: what the training documents were like. It gives blanks their default size, and documents that ask for
+            something else raise a warning.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         vocabulary: SharedVocabulary,
         tokenizers: Mapping[str, ModalityTokenizer],
         samplers: Mapping[str, MaskSampler | Scheduler] | None = None,
+        seen: SeenDocuments | None = None,
     ):
         super().__init__()
         vocabulary.check(SharedVocabulary.of(tokenizers), "the set of tokenizers")
@@ -158,6 +163,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         self.vocabulary = vocabulary
         self.tokenizers = dict(tokenizers)
         self._samplers = Samplers(vocabulary, samplers or {})
+        self.seen = seen
         self.sequencer = Sequencer(tokenizers, vocabulary)
 
     @classmethod
@@ -174,7 +180,7 @@ class MultiDiffPipeline(DiffusionPipeline):
             tokenizers = unpack(module.recipe["tokenizers"], module.vocabulary, type(module).__name__)
             for tokenizer in tokenizers.values():
                 tokenizer.to(module.device)
-        return cls(module.transformer, module.vocabulary, tokenizers, module.samplers)
+        return cls(module.transformer, module.vocabulary, tokenizers, module.samplers, module.seen)
 
     @property
     def samplers(self) -> Samplers:
@@ -243,6 +249,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         _check_nesting(documents)
         generators = _generators(generator, len(documents))
         segments = self._segments(documents)
+        self._remark(segments)
         batch = self.sequencer.batch(segments)
         inside = [len(part.codes) if isinstance(part, Partial) else 0 for document in documents for part in document]
         units = [self.sequencer.unit(segment) for document in segments for segment in document]
@@ -304,7 +311,19 @@ class MultiDiffPipeline(DiffusionPipeline):
 
     def _blank_size(self, part: Blank) -> dict[str, int]:
         self.vocabulary.layout(part.tokenizer)
-        return {**(self.samplers[part.tokenizer].config.get("canvas") or {}), **part.size}
+        trained = self.seen.canvas.get(part.tokenizer, {}) if self.seen else {}
+        return {**trained, **(self.samplers[part.tokenizer].config.get("canvas") or {}), **part.size}
+
+    def _remark(self, documents: Sequence[Sequence[Segment]]) -> None:
+        """Warn of what lies outside of what the model was trained on."""
+        if self.seen is None:
+            return
+        said: dict[str, None] = {}
+        for document in documents:
+            parts = [(part.tokenizer, None if bool(part.known_N.all()) else part.size) for part in document]
+            said |= dict.fromkeys(self.seen.remarks(parts))
+        for remark in said:
+            warnings.warn(remark, UserWarning, stacklevel=4)
 
     def _null(self, key: str, batch: TokenBatch, segments: Sequence[Sequence[Segment]], required: bool) -> Tensor:
         """null_BL: the tokens of given segments, of one tokenizer or of all (""), which a null does not see."""

@@ -1,6 +1,6 @@
 """A model as one folder, and out of it or a Lightning checkpoint again.
 
-    model_index.json   transformer/   vocabulary.json   tokenizers/<name>/   samplers.json   README.md
+    model_index.json   transformer/   vocabulary.json   tokenizers/<name>/   samplers.json   documents.json   README.md
 
 Everything is safetensors and JSON, checked before it is used: diffusers fills missing tensors with random numbers and
 only warns. Class names in files are compared with what is expected; nothing is imported on their word.
@@ -20,6 +20,7 @@ from multidiff import __version__, files, plugins
 from multidiff.samplers import MaskSampler
 from multidiff.samplers.check import check_ids
 from multidiff.samplers.scheduler import SchedulerSampler
+from multidiff.seen import SeenDocuments
 from multidiff.sequence import Sequencer
 from multidiff.tokenizer import ModalityTokenizer
 from multidiff.transformer import MaskedDiffusionTransformer
@@ -28,11 +29,17 @@ from multidiff.vocabulary import SharedVocabulary
 if TYPE_CHECKING:
     from multidiff.pipeline import MultiDiffPipeline
 
-Parts = tuple[MaskedDiffusionTransformer, SharedVocabulary, dict[str, ModalityTokenizer], dict[str, MaskSampler]]
+Parts = tuple[
+    MaskedDiffusionTransformer,
+    SharedVocabulary,
+    dict[str, ModalityTokenizer],
+    dict[str, MaskSampler],
+    SeenDocuments | None,
+]
 
 _FILES = {
     *("model_index.json", "transformer", "vocabulary.json", "tokenizers", "samplers.json", "README.md"),
-    "training.json",
+    *("documents.json", "training.json"),
 }
 PATTERNS = [*sorted(_FILES), "transformer/*", "tokenizers/*"]  # what a download of a model takes
 _INDEX = {
@@ -65,6 +72,8 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
             (beside / "tokenizers" / name).mkdir(parents=True)
             tokenizer.save(beside / "tokenizers" / name)
         files.write_json(beside / "samplers.json", settings)
+        if pipeline.seen is not None:
+            files.write_json(beside / "documents.json", pipeline.seen.to_dict())
         files.write_json(beside / "model_index.json", {**_INDEX, "_multidiff_version": __version__})
         write_card(pipeline, beside)
 
@@ -121,15 +130,17 @@ def _load_folder(folder: Path) -> Parts:
     transformer = _load_transformer(folder / "transformer", vocabulary)
     path = folder / "samplers.json"
     samplers = load_samplers(files.read_json(path), vocabulary, str(path))
+    facts = folder / "documents.json"
+    seen = SeenDocuments.from_dict(files.read_json(facts), str(facts)) if os.path.lexists(facts) else None
     sequencer = Sequencer(tokenizers, vocabulary)
     for name, sampler in samplers.items():
-        canvas = sampler.config["canvas"] or {}
+        own, trained = sampler.config["canvas"] or {}, seen.canvas.get(name, {}) if seen else {}
         try:
-            sequencer.blank(name, canvas)
-        except Exception as error:  # a plugin's, for sizes that its file or the samplers' file gives
-            place = path if canvas else folder / "tokenizers" / name
+            sequencer.blank(name, {**trained, **own})
+        except Exception as error:  # a plugin's, for sizes that its file or one of these gives
+            place = path if own else facts if trained else folder / "tokenizers" / name
             raise ValueError(f"{place}: {first_line(error)}") from error
-    return transformer, vocabulary, tokenizers, samplers
+    return transformer, vocabulary, tokenizers, samplers, seen
 
 
 def _load_tokenizer(name: str, vocabulary: SharedVocabulary, folder: Path) -> ModalityTokenizer:

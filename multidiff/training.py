@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multidiff import plugins, saving
 from multidiff.callbacks import progress
+from multidiff.data import DocumentData
 from multidiff.diffusion import (
     ABSENT,
     GIVEN,
@@ -29,6 +30,7 @@ from multidiff.diffusion import (
 )
 from multidiff.lightning_checkpoint import KEY, pack
 from multidiff.seeding import generator_for
+from multidiff.seen import SeenDocuments
 from multidiff.sequence import TokenBatch
 from multidiff.vocabulary import SharedVocabulary
 
@@ -81,6 +83,7 @@ class MaskedDiffusionModule(LightningModule):
             self.vocabulary.layout(name)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.final_lr, self.seed = warmup_steps, final_lr, seed
+        self.seen: SeenDocuments | None = None
         self._counts: list[Tensor] = []  # what the losses of this optimizer step are divided by, batch by batch
         self._group_of = {
             name: 2 if weight.dim() < 2 else int(not name.startswith("transformer.blocks."))
@@ -223,7 +226,8 @@ class MaskedDiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = {**self.recipe, "vocabulary": self.vocabulary.to_dict()}
+        documents = None if self.seen is None else self.seen.to_dict()
+        checkpoint[KEY] = {**self.recipe, "vocabulary": self.vocabulary.to_dict(), "documents": documents}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if KEY not in checkpoint:
@@ -246,3 +250,5 @@ class MaskedDiffusionModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "vocabulary"):
             self.vocabulary.check(data.vocabulary, "the data module (data.init_args.tokenizers)")
+        if stage == "fit" and isinstance(data, DocumentData):
+            self.seen = data.seen

@@ -297,7 +297,7 @@ def documents_of(*rows, most=None, long="raise", split="train"):
         listing.append({"line": line, "length": length, "names": [n for n, _ in row], "ids": ids, "sizes": sizes})
     dataset = Dataset.from_list(listing)
     selection = select(dataset, split, TOKENIZERS, most, long, Path("d/metadata.jsonl"))
-    return Documents(dataset, SEQUENCER, {}, 0, selection)
+    return Documents(dataset, selection, SEQUENCER, usual={}, slack={}, seed=0, shuffled=False)
 
 
 def items(documents, index):

@@ -48,7 +48,7 @@ def test_a_model_that_is_replaced_is_never_missing_or_mixed(tmp_path):
 
     def read():
         while not stop.is_set():
-            transformer, _, _, samplers = saving.load_folder(place)
+            transformer, _, _, samplers, _ = saving.load_folder(place)
             numbers = {float(number) for weight in transformer.state_dict().values() for number in weight.unique()}
             loaded.append(numbers | {float(samplers["text"].config["top_k"])})
 

@@ -1,10 +1,20 @@
 """What a model has seen: orders of segments, sizes of canvases, defaults, and remarks on what lies outside."""
 
 import json
+import warnings
 from collections import Counter
 
 import pytest
+import torch
+from PIL import Image
+from runs import config, write_config, write_folder
+from toys import generator
 
+from multidiff import Blank, Given, MaskedDiffusionTransformer, MultiDiffPipeline
+from multidiff.cli import main
+from multidiff.data import DocumentData
+from multidiff.editing import extend
+from multidiff.seeding import generator_for
 from multidiff.seen import SeenDocuments, most_units, usual_units
 
 VARIES = {"image": False, "text": True}
@@ -79,3 +89,131 @@ def test_facts_survive_json_and_damage_is_named():
     del plain["orders"]
     with pytest.raises(ValueError, match=r"a\.json does not say"):
         SeenDocuments.from_dict(plain, "a.json")
+
+
+TOKENIZERS = {"text": {"plugin": "bpe"}, "image": {"plugin": "vq"}}
+
+
+def folder_of(folder, texts, order=("text", "image"), split="train"):
+    """A data folder of texts beside white pictures of 32 by 48 pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (48, 32), "white").save(folder / "white.png")
+    with (folder / "metadata.jsonl").open("a") as file:
+        for text in texts:
+            values = {"text": text, "image": "white.png"}
+            segments = [{name: values[name]} for name in order]
+            file.write(json.dumps({"split": split, "segments": segments}) + "\n")
+    return folder
+
+
+def pipeline_of(data):
+    """An untrained model that has seen the documents of a data module."""
+    transformer = MaskedDiffusionTransformer(data.vocabulary.rows, hidden_size=32, num_layers=1, num_heads=2)
+    transformer.initialize(generator())
+    pipe = MultiDiffPipeline(transformer.eval(), data.vocabulary, data.tokenizers, seen=data.seen)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_segments_of_training_documents_come_in_every_order(tmp_path):
+    folder = folder_of(tmp_path, ["abc"] * 3)
+    folder_of(tmp_path, ["abc"], split="validation")
+    data = DocumentData(str(folder), TOKENIZERS)
+    for split, orders in (("train", {("text", "image"), ("image", "text")}), ("validation", {("text", "image")})):
+        documents = data.documents(split)
+        found = {tuple(part.tokenizer for part in documents[epoch, 0]) for epoch in range(20)}
+        assert found == orders
+    assert data.seen.shuffled
+    kept = DocumentData(str(folder), TOKENIZERS, shuffle_segments=False)
+    documents = kept.documents("train")
+    assert {tuple(part.tokenizer for part in documents[epoch, 0]) for epoch in range(20)} == {("text", "image")}
+    assert kept.seen.orders == (("text", "image"),)
+
+
+def test_canvases_of_training_reach_the_one_of_generation(tmp_path):
+    """Uniformly from one more than the text to the usual canvas, which nearly all texts fit."""
+    texts = ["a" * length for length in range(1, 21)]
+    data = DocumentData(str(folder_of(tmp_path, texts)), TOKENIZERS, max_document_length=None)
+    documents, usual = data.documents("train"), data.seen.canvas["text"]["tokens"]
+    assert usual == 20
+    counts = Counter()
+    for epoch in range(600):
+        (text,) = (part for part in documents[epoch, 3] if part.tokenizer == "text")
+        counts[len(text)] += 1
+    assert set(counts) == set(range(5, 21))
+    expected = 600 / 16
+    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 37.7  # chi-square, 15, p = .001
+    lengths = {len(part) for epoch in range(60) for part in documents[epoch, 19] if part.tokenizer == "text"}
+    assert lengths == set(range(21, 26))
+    assert data.seen.sizes == {"text": {"tokens": (2, 25)}, "image": {"height": (32, 32), "width": (48, 48)}}
+
+
+def test_items_that_are_cut_do_not_count(tmp_path):
+    folder = folder_of(tmp_path, ["a" * 5] * 10 + ["a" * 100])
+    cropped = DocumentData(str(folder), TOKENIZERS, max_document_length=60, long_documents="crop")
+    assert cropped.seen.sizes["text"] == {"tokens": (6, 7)}
+    skipped = DocumentData(str(folder), TOKENIZERS, max_document_length=60, long_documents="skip")
+    assert skipped.seen.sizes["text"] == {"tokens": (6, 7)}
+    whole = DocumentData(str(folder), TOKENIZERS)
+    assert whole.seen.sizes["text"] == {"tokens": (6, 125)}
+
+
+def test_blanks_are_as_in_training_and_anything_else_is_remarked_on(tmp_path, recwarn):
+    data = DocumentData(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS, shuffle_segments=False)
+    pipe, picture = pipeline_of(data), Image.new("L", (48, 32))
+    pipe.save_pretrained(tmp_path / "model")
+    pipe = MultiDiffPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.seen == data.seen
+    text, image = pipe([[Blank("text"), Blank("image")]], generator=generator()).documents[0]
+    assert len(text.codes) <= 6
+    assert image.item.size == (48, 32)
+    pipe([[extend(pipe, "text", "aaa", room=3), Given("image", picture)]])
+    assert not [warning for warning in recwarn.list if "trained" in str(warning.message)]
+    with pytest.warns(UserWarning, match="Put them in the order text, image"):
+        pipe([[Given("image", picture), Blank("text")]])
+    with pytest.warns(UserWarning, match="canvases of 6 to 7 tokens of text, not of 32"):
+        pipe([[Blank("text", tokens=32)]] * 2)
+    (tmp_path / "model" / "documents.json").write_text('{"orders": 1}')
+    with pytest.raises(ValueError, match=r"documents\.json does not say"):
+        MultiDiffPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_presets_ask_in_the_order_of_training(tmp_path, capsys):
+    """A caption comes before its picture here; its text is what is printed all the same."""
+    data = DocumentData(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS, shuffle_segments=False)
+    pipeline_of(data).save_pretrained(tmp_path / "model")
+    file = str(tmp_path / "data" / "white.png")
+    main(["generate", "caption", "--model", str(tmp_path / "model"), file])
+    caption = capsys.readouterr().out.rstrip("\n").split("\t")[1]
+    wanted = MultiDiffPipeline.from_pretrained(tmp_path / "model")
+    wanted.set_progress_bar_config(disable=True)
+    given = Given("image", wanted.tokenizers["image"].read(file, tmp_path))
+    out = wanted([[Blank("text"), given]], generator=[generator_for(0, 0)])
+    assert caption == " ".join(out.documents[0][0].item.split())
+
+
+def test_the_command_says_what_is_beyond_training_in_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "filters", [])  # as outside of tests, where a warning is no error
+    data = DocumentData(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS)
+    pipeline_of(data).save_pretrained(tmp_path / "model")
+    main(["generate", "--model", str(tmp_path / "model"), "--fill", "text:tokens=30"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("multidiff: ")]
+    assert lines == [
+        "multidiff: This model was trained on canvases of 6 to 7 tokens of text, not of 30. "
+        "Expect worse results outside of that."
+    ]
+
+
+def test_a_training_stores_what_it_has_seen(tmp_path):
+    write_folder(tmp_path / "data")
+    made = config(tmp_path)
+    made["trainer"]["max_steps"] = 1
+    main(["fit", "--config", write_config(tmp_path, made)])
+    for place in (tmp_path / "model", tmp_path / "checkpoints" / "last.ckpt"):
+        seen = MultiDiffPipeline.from_pretrained(place).seen
+        assert seen is not None
+        assert seen.orders == (("text", "shout"),)
+        assert seen.shuffled
+        assert seen.sizes == {"text": {"tokens": (4, 7)}, "shout": {"tokens": (4, 5)}}
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["multidiff"]["documents"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +18,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from multidiff import plugins
 from multidiff.data import tokenized
+from multidiff.data.counts import count
+from multidiff.data.folder import SPLITS
 from multidiff.data.length import LongDocuments, Selection, select
 from multidiff.seeding import generator_for
+from multidiff.seen import SeenDocuments, most_units
 from multidiff.sequence import Segment, Sequencer, TokenBatch
 from multidiff.tokenizer import Codes
 from multidiff.vocabulary import SharedVocabulary
@@ -69,7 +74,12 @@ class DocumentData(BatchedData):
         batch_size: documents of a batch, on each device.
         row_length: documents are packed into rows of this many tokens; null gives each a row of its own.
         slack: largest number of stops, in units (tokens, frames), after a text, a sound or another item of varying
-            length, by tokenizer name; drawn uniformly from 1. What is not named gets a quarter of its length.
+            length, by tokenizer name; drawn uniformly from 1. What is not named gets canvases up to the size that holds
+            95 % of the training items, which is the size of a blank in generation, and up to a quarter more than its
+            length at least.
+        shuffle_segments: order the segments of a training document at random, each time again, so that the model works
+            in any order. Set it to false where the order carries meaning, as in a dialogue or a sequence of pictures;
+            generation then has to ask in an order that was trained.
         cache: where codes are kept; null means `.tokenized` in the data folder.
         on_error: "raise", or "skip" documents that cannot be read and say how many.
         max_document_length: most tokens of a document: `<bos>`, two structure tokens a segment, and its codes, without
@@ -90,6 +100,7 @@ class DocumentData(BatchedData):
         batch_size: int = 64,
         row_length: int | None = 256,
         slack: dict[str, int] | None = None,
+        shuffle_segments: bool = True,
         cache: str | None = None,
         on_error: tokenized.OnError = "raise",
         max_document_length: int | None = 8192,
@@ -109,7 +120,7 @@ class DocumentData(BatchedData):
                 raise ValueError(f"slack {name}: {units}: name one of {', '.join(tokenizers)} and at least 1")
         self.folder = Path(folder)
         self.batch_size, self.row_length, self.num_workers, self.seed = batch_size, row_length, num_workers, seed
-        self.slack = slack or {}
+        self.slack, self.shuffle_segments = slack or {}, shuffle_segments
         self.cache = Path(cache) if cache else None
         self.on_error: tokenized.OnError = on_error
         self.max_document_length = max_document_length
@@ -173,8 +184,29 @@ class DocumentData(BatchedData):
             rows = tokenized.open_split(*key)
             metadata = self.folder / "metadata.jsonl"
             selection = select(rows, split, self.tokenizers, self.max_document_length, self.long_documents, metadata)
-            self._documents[key] = Documents(rows, self.sequencer, self.slack, self.seed, selection)
+            shuffled = self.shuffle_segments and split == "train"
+            varies = [name for name, tokenizer in self.tokenizers.items() if tokenizer.variable_length]
+            usual = {name: next(iter(self.seen.canvas[name].values())) for name in varies if name in self.seen.canvas}
+            documents = Documents(rows, selection, self.sequencer, usual, self.slack, self.seed, shuffled)
+            self._documents[key] = documents
         return self._documents[key]
+
+    @cached_property
+    def seen(self) -> SeenDocuments:
+        """What the training documents are like, which is stored with the model; of another split if there are none."""
+        rows, split = None, ""
+        place = self.shards or self._shards()
+        for split in SPLITS:
+            with suppress(ValueError):
+                rows = tokenized.open_split(place, split)
+                break
+        if rows is None:
+            raise ValueError(f"{self.folder} has no documents")
+        metadata = self.folder / "metadata.jsonl"
+        selection = select(rows, split, self.tokenizers, self.max_document_length, self.long_documents, metadata)
+        orders, sizes = count(rows, selection)
+        varies = {name: tokenizer.variable_length for name, tokenizer in self.tokenizers.items()}
+        return SeenDocuments.of(orders, sizes, self.shuffle_segments, self.slack, varies)
 
     def _collate(self, documents: list[list[Segment]]) -> TokenBatch:
         batch = self.sequencer.batch(documents, self.row_length)
@@ -188,10 +220,28 @@ class StandIn(list[Segment]):
 
 
 class Documents(torch.utils.data.Dataset):
-    """Tokenized documents as lists of segments."""
+    """Tokenized documents as lists of segments.
 
-    def __init__(self, rows: Dataset, sequencer: Sequencer, slack: Mapping[str, int], seed: int, selection: Selection):
-        self.rows, self.sequencer, self.slack, self.seed, self.selection = rows, sequencer, slack, seed, selection
+    Args:
+        rows, selection: of a split.
+        sequencer: makes the segments.
+        usual: name -> units of the usual canvas, where length varies.
+        slack, seed: as in `DocumentData`.
+        shuffled: whether the segments of a document are put in random order.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        selection: Selection,
+        sequencer: Sequencer,
+        usual: Mapping[str, int],
+        slack: Mapping[str, int],
+        seed: int,
+        shuffled: bool,
+    ):
+        self.rows, self.selection, self.sequencer = rows, selection, sequencer
+        self.usual, self.slack, self.seed, self.shuffled = usual, slack, seed, shuffled
 
     def __len__(self) -> int:
         return len(self.selection.rows)
@@ -233,10 +283,14 @@ class Documents(torch.utils.data.Dataset):
         segments = []
         for name, of_segment, size, end in zip(names, ids, sizes, ends, strict=True):
             _, codes = self._codes(name, of_segment, size)
-            length = next(iter(codes.size.values()), 0)
-            most = self.slack.get(name, max(1, -(-length // 4)))
-            slack = int(torch.randint(1, most + 1, (), generator=generator))
-            segments.append(self.sequencer.given(name, codes, slack if end else 0))
+            slack = 0
+            if end and self.sequencer.vocabulary.tokenizers[name].variable_length:
+                length = next(iter(codes.size.values()))
+                most = most_units(length, self.usual.get(name, 0), self.slack.get(name))
+                slack = int(torch.randint(1, most - length + 1, (), generator=generator))
+            segments.append(self.sequencer.given(name, codes, slack))
+        if self.shuffled:
+            segments = [segments[place] for place in torch.randperm(len(segments), generator=generator).tolist()]
         return segments
 
 
