@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,7 +34,8 @@ def progress(trainer: Trainer, step: int) -> float:
     if trainer.max_steps > 0:
         parts.append(step / trainer.max_steps)
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and np.isfinite(trainer.num_training_batches):
-        steps = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
+        # Lightning steps at the end of every epoch, however few batches are accumulated.
+        steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         parts.append(step / max(1.0, steps))
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
@@ -77,7 +79,7 @@ class AveragedWeights(WeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._average_model is not None
-        if trainer.global_step <= self.start_step:
+        if self._latest_update_step < trainer.global_step <= self.start_step:
             self._average_model.n_averaged.zero_()  # as at the first update, which copies
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -99,6 +101,7 @@ class AveragedWeights(WeightAveraging):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self._average_model is not None:
             self._copy_average_to_current(pl_module)
+            self._average_model = None  # or a later test would read the live weights of a checkpoint
 
     @contextmanager
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
@@ -116,8 +119,8 @@ class AveragedWeights(WeightAveraging):
 
 
 class SaveModel(Callback):
-    """Writes the model folder when training ends, with averaged weights where `AveragedWeights` makes some; and
-    `training.json` in it.
+    """Writes the model folder when training ends, and `training.json` in it. The weights are the averaged ones if
+    `AveragedWeights` is among the callbacks.
 
     An interrupted training writes no model: its checkpoint can be used as one.
 
@@ -137,6 +140,8 @@ class SaveModel(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Here, not at the end of training: Lightning trains nothing where a finished run is continued."""
         if trainer.interrupted or not trainer.is_global_zero:
+            return
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         with ExitStack() as stack:
             for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from multidiff import files
 class Checkpoints(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, for runs that are interrupted, continued and killed.
 
-    - `last.ckpt` is always the state in which the training ended, at whichever of its limits, with Ctrl-C or with an
-      error. Going on from it gives the run that would have been without the stop.
+    - `last.ckpt` is the state in which the training ended: at one of its limits, by early stopping, or with Ctrl-C,
+      which takes effect at the end of a step. Going on from it gives the run that would have been without the stop.
+      After an error, a single process saves what it trained until then. Of several processes none does, for the others
+      may wait where they cannot save.
     - A file is whole or absent (`WholeFiles`), also after `kill -9` and on a full disk.
     - The folder holds one run. A new run refuses a folder that holds another one's checkpoints, unless it continues
       one of these or `overwrite` is set; and no run starts while another one is writing there.
@@ -55,7 +57,14 @@ class Checkpoints(ModelCheckpoint):
         self.overwrite = overwrite
         self._lock: int | None = None
         self._handler: Any = None
-        self._goes_on = self._claimed = self._in_step = self._stopping = False
+        self._loader: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """As before a run."""
+        self._continues = self._claimed = self._postponed = self._torn = False
+        self._stopping = self._leaving = False
+        self._ended_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -64,71 +73,109 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # it came from a checkpoint, or nothing has happened yet
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]  # which writes nothing
+            return
         problem = None
-        if trainer.is_global_zero and not self._claimed:
+        if trainer.is_global_zero:
             try:
-                self.claim(self._goes_on or (trainer.ckpt_path is not None and self._holds(trainer.ckpt_path)))
-            except ValueError as error:
+                if not self._claimed:
+                    self.claim(self._continues or (trainer.ckpt_path is not None and self._holds(trainer.ckpt_path)))
+                if self.overwrite:
+                    self._remove_others(trainer.ckpt_path)
+            except (ValueError, OSError) as error:
                 problem = str(error)
         if problem := trainer.strategy.broadcast(problem):  # on every rank, or the others would wait for ever
             raise ValueError(problem)
         self._claimed = True
-        # Of several processes each would stop after another step: there Ctrl-C stops at once.
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._stop_after_step)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._in_step = True
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, lambda *_: self._interrupt(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.fit_loop._should_accumulate():  # what is accumulated is in no checkpoint
+            self._postponed |= trainer.should_stop
+            trainer.should_stop = False
+            return
+        trainer.should_stop |= self._postponed
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._in_step = False
-        if self._stopping and not trainer.fit_loop._should_accumulate():
-            raise KeyboardInterrupt
+        loader = trainer.fit_loop._combined_loader
+        self._loader = None if loader is None else loader._state_dicts()
+        stopping = self._stopping
+        if trainer.world_size > 1:  # all of them after the same step
+            stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)
+        if stopping:
+            self._save_end(trainer)
+            self._leaving = True  # at the next hook, when Lightning has logged this step
+            return
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
         limit = trainer.max_epochs
         if (
-            trainer.should_stop
+            self._stops(trainer)
             or 0 <= trainer.max_steps <= trainer.global_step
             or (last and limit is not None and 0 <= limit <= trainer.current_epoch + 1)
         ):
             self._save_end(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._leave()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
         super().on_train_epoch_end(trainer, pl_module)
-        if trainer.should_stop:
+        if self._stops(trainer):
             self._save_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.should_stop:
+        if self._stops(trainer):
             self._save_end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._claimed:  # else the folder is another run's
-            super().on_exception(trainer, pl_module, exception)
-        self._release()
+        try:
+            if self._claimed and self._should_save_on_exception(trainer) and self._is_whole(trainer):
+                if trainer.validating:
+                    self._begin_validation_again(trainer)
+                self._torn = True
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+                rank_zero_info(f"Saved {self.last_model_path} after {type(exception).__name__}.")
+        finally:
+            self._release()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In the middle of a step, the loader has given away a batch that was not trained on, and Lightning will count
+        a step more when it goes on."""
+        if self._torn and not trainer.validating:
+            loops = checkpoint["loops"]["fit_loop"]
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+            if self._loader is not None:
+                loops["state_dict"]["combined_loader"] = self._loader
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            self._save_end(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
-    def _save_end(self, trainer: Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._goes_on = state_dict["dirpath"] == self.dirpath
+        self._continues = state_dict["dirpath"] == self.dirpath
         super().load_state_dict(state_dict)
 
-    def claim(self, goes_on: bool) -> None:
+    def claim(self, continues: bool) -> None:
         """Take the folder for a run. Training does so when it starts; the command line does before data are prepared.
 
         Args:
-            goes_on: whether the run continues the one whose checkpoints are there.
+            continues: whether the run continues the one whose checkpoints are there.
         """
         folder = Path(str(self.dirpath))
+        if "://" in str(self.dirpath):  # storage without locks
+            self._claimed = True
+            return
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = files.lock_file(folder)
@@ -136,36 +183,66 @@ class Checkpoints(ModelCheckpoint):
             raise ValueError(
                 f"another training is writing to {folder}. Wait for its end, or choose another folder."
             ) from None
-        except OSError:  # some network file systems cannot lock
-            self._lock = None
         files.remove_partial(folder / "*.ckpt")
-        found = sorted(folder.glob("*.ckpt"))
-        if found and not goes_on:
-            if not self.overwrite:
-                self._release()
-                raise ValueError(
-                    f"{folder} holds the checkpoints of another run. Continue that run with --ckpt_path {found[-1]}, "
-                    "choose another folder, or remove its checkpoints with --overwrite true."
-                )
-            for path in found:
-                path.unlink()
+        found = sorted(folder.glob("*.ckpt"), key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime))
+        if found and not continues and not self.overwrite:
+            self._release()
+            raise ValueError(
+                f"{folder} holds the checkpoints of another run. Continue that run with --ckpt_path {found[-1]}, "
+                "choose another folder, or remove its checkpoints with --overwrite true."
+            )
         self._claimed = True
+
+    def _remove_others(self, continued: str | Path | None) -> None:
+        """Remove the checkpoints of an earlier run, now that the new one begins."""
+        if continued is None or not self._holds(continued):
+            for path in Path(str(self.dirpath)).glob("*.ckpt"):
+                path.unlink()
+
+    def _leave(self) -> None:
+        if self._leaving:
+            raise KeyboardInterrupt
+
+    def _stops(self, trainer: Trainer) -> bool:
+        return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+    def _save_end(self, trainer: Trainer) -> None:
+        """Save `last.ckpt`, without keeping a validation that follows from saving what it finds best."""
+        if self._ended_at != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
+            before = self._last_global_step_saved
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._last_global_step_saved, self._ended_at = before, trainer.global_step
+
+    def _should_save_on_exception(self, trainer: Trainer) -> bool:
+        return self._ended_at != trainer.global_step and super()._should_save_on_exception(trainer)
+
+    def _begin_validation_again(self, trainer: Trainer) -> None:
+        """As Lightning takes a validation for interrupted, but with none of its batches done: its sums are lost."""
+        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        total: Any = progress.total
+        total.processed = total.completed
+        total.ready = total.started = total.completed + 1
+        progress.current.reset()
+
+    def _is_whole(self, trainer: Trainer) -> bool:
+        """Whether the state can be saved by this process alone, and no step is half done."""
+        step = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        return trainer.world_size == 1 and step.ready == step.completed
 
     def _holds(self, path: str | Path) -> bool:
         return Path(path).resolve().parent == Path(str(self.dirpath)).resolve()
 
     def _release(self) -> None:
-        self._claimed = False
-        if self._lock is not None:
-            files.unlock(self._lock)
-            self._lock = None
+        files.unlock(self._lock)
+        self._lock = None
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
+        self._forget()
 
-    def _stop_after_step(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-C in a step takes effect at its end, where training can be continued exactly."""
-        if not self._in_step or self._stopping:
+    def _interrupt(self, trainer: Trainer) -> None:
+        """Ctrl-C takes effect at the end of a step, where training can be continued exactly; in validation at once."""
+        if trainer.validating or self._stopping:
             raise KeyboardInterrupt
         self._stopping = True
         rank_zero_info("Stopping after this step. Press Ctrl-C again to stop at once.")
@@ -182,8 +259,13 @@ class WholeFiles(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with files.whole_file(Path(path)) as beside:
-            torch.save(checkpoint, beside)
+        path = Path(path)
+        with files.whole_file(path) as beside, files.naming(path):
+            try:
+                torch.save(checkpoint, beside)
+            except RuntimeError as error:  # as torch says that a disk is full
+                free = shutil.disk_usage(path.parent).free
+                raise ValueError(f"{path} cannot be written; {free:,} bytes are free on its disk") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True

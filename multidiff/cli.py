@@ -110,9 +110,9 @@ def _train(arguments: list[str]) -> None:
             for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
                 if isinstance(callback, Checkpoints):
                     callback.overwrite |= self._get(self.config, "overwrite")
-                    goes_on = self._get(self.config, "ckpt_path") is not None or SLURMEnvironment.detect()
-                    if self.trainer.is_global_zero and not goes_on:  # else what is continued is known later
-                        callback.claim(goes_on=False)
+                    known_later = self._get(self.config, "ckpt_path") is not None or SLURMEnvironment.detect()
+                    if self.trainer.is_global_zero and not known_later and not self.trainer.fast_dev_run:  # pyright: ignore
+                        callback.claim(continues=False)
 
     command = arguments[0]
     # Lightning's own, at every start.

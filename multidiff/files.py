@@ -107,22 +107,24 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: the disk is full, the folder is not writable, or the like; names `path`.
     """
+    path = Path(os.path.realpath(path))  # where a link points to, so that the link stays
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside, lock = _locked_beside(path, lambda place: place.touch(exist_ok=False))
-        try:
-            yield beside
+    try:
+        yield beside
+        with naming(path):
             _sync(beside)
             beside.replace(path)
             _sync(path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
-            unlock(lock)
+    finally:
+        beside.unlink(missing_ok=True)
+        unlock(lock)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all; `ValueError` naming it where that fails."""
-    with whole_file(path) as beside:
+    with whole_file(path) as beside, naming(path):
         beside.write_bytes(content)
 
 
@@ -160,8 +162,9 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
     with naming(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         beside, lock = _locked_beside(place, Path.mkdir)
-        try:
-            yield beside
+    try:
+        yield beside
+        with naming(place):
             for path in [*beside.rglob("*"), beside]:
                 _sync(path)
             try:
@@ -172,9 +175,9 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
                 if replace:
                     _exchange(beside, place)
             _sync(place.parent)
-        finally:
-            _remove(beside)
-            unlock(lock)
+    finally:
+        _remove(beside)
+        unlock(lock)
 
 
 def remove_partial(place: Path) -> None:
@@ -187,12 +190,17 @@ def remove_partial(place: Path) -> None:
             lock = lock_file(left)
         except OSError:  # somebody works on it, or has just removed it
             continue
+        if lock is None:  # nobody can tell whether it is still written
+            continue
         _remove(left)
         unlock(lock)
 
 
-def lock_file(path: Path) -> int:
+def lock_file(path: Path) -> int | None:
     """Lock a file or folder for this process; `unlock` it with what is returned. The end of the process unlocks it.
+
+    Returns:
+        A descriptor, or None where the file system has no locks, as some network file systems have none.
 
     Raises:
         BlockingIOError: another holder has it.
@@ -200,17 +208,20 @@ def lock_file(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if error.errno in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            return None
         raise
     _held.add(descriptor)
     return descriptor
 
 
-def unlock(descriptor: int) -> None:
+def unlock(descriptor: int | None) -> None:
     """Release a lock that `lock_file` returned."""
-    _held.discard(descriptor)
-    os.close(descriptor)
+    if descriptor is not None:
+        _held.discard(descriptor)
+        os.close(descriptor)
 
 
 def _leave_to_parent() -> None:
@@ -223,7 +234,7 @@ _held: set[int] = set()
 os.register_at_fork(after_in_child=_leave_to_parent)
 
 
-def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
     """A new file or folder beside `place`, locked as long as it is written."""
     remove_partial(place.with_name(escape(place.name)))
     while True:

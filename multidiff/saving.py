@@ -65,7 +65,7 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
         raise ValueError(f"{folder} holds {min(foreign)}, which is no part of a multidiff model; choose another folder")
     if "model_index.json" in found:
         _check_index(folder)
-    with files.whole_folder(folder) as beside:
+    with files.whole_folder(folder) as beside, files.naming(folder):
         pipeline.transformer.save_pretrained(beside / "transformer", max_shard_size=max_shard_size)
         pipeline.vocabulary.save(beside)
         for name, tokenizer in pipeline.tokenizers.items():

@@ -110,14 +110,23 @@ class MaskedDiffusionModule(LightningModule):
         asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
         logits = self(batch, noise.ids_BL, asked)
         total, count = self.objective(logits, asked, batch, noise, self.vocabulary)
-        self._counts.append(self.trainer.strategy.reduce(count, reduce_op="mean"))  # pyright: ignore
-        # By the first batch's count: `on_after_backward` knows the others'. DDP takes the mean of the ranks' gradients.
+        self.log("loss", (total / count.clamp_min(torch.finfo().tiny)).detach(), prog_bar=True, batch_size=1)
+        # DDP takes the mean of the ranks' gradients, so the mean of their counts divides the sum of their losses.
+        self._counts.append(self.trainer.strategy.reduce(count.clone(), reduce_op="mean"))  # pyright: ignore
+        # The counts of later batches are not known yet. `on_after_backward` scales the gradient once they are.
         loss = total / self._counts[0].clamp_min(1)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         bound_S = weighted_nats(logits, asked, batch, noise).detach()
         for name, value in self._per_tokenizer(batch, bound_S, (role_S == TARGET).to(bound_S.device)).items():
             self.log(f"train/{name}", value[0] / value[1].clamp_min(1), prog_bar=True, batch_size=1)
         return loss
+
+    def on_train_start(self) -> None:
+        self._counts.clear()
+        if self.trainer.strategy.handles_gradient_accumulation and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} accumulates gradients by itself, so that tokens of different "
+                "batches would not count the same. Set accumulate_grad_batches to 1 and a larger batch_size."
+            )
 
     def on_after_backward(self) -> None:
         """Normalise over the optimizer step: all ranks and all accumulated batches, of which Lightning takes the mean
@@ -231,7 +240,10 @@ class MaskedDiffusionModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if KEY not in checkpoint:
-            raise ValueError("the checkpoint (--ckpt_path) is of another kind of model")
+            raise ValueError(
+                "the checkpoint (--ckpt_path) is of another kind of model. Give one that a training of "
+                "MaskedDiffusionModule wrote."
+            )
         saved = checkpoint[KEY]
         self.vocabulary.check(SharedVocabulary.from_dict(saved["vocabulary"], "the checkpoint"), "the checkpoint")
         for key, value in self.recipe["transformer"].items():

@@ -1,11 +1,12 @@
 """Runs that are short, interrupted, continued, finished twice, or meet another run: nothing is lost or mixed up."""
 
+import multiprocessing
 import os
+import resource
 import signal
-import subprocess
-import sys
-import threading
-from contextlib import nullcontext
+import tempfile
+import time
+from random import Random
 
 import pytest
 import torch
@@ -55,23 +56,27 @@ def same(one, two):
 
 
 class AtStep(Callback):
-    """Does something at the end of a step."""
+    """Does something in or after a step of training."""
 
     def __init__(self, step: int, what: str):
         self.step, self.what = step, what
 
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step and trainer.fit_loop._should_accumulate() is False:
+            if self.what == "Ctrl-C before a step":
+                os.kill(os.getpid(), signal.SIGINT)
+            elif self.what == "error":
+                raise RuntimeError("an error in a step")
+
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step:
-            self._act(trainer)
+            if self.what == "stop":
+                trainer.should_stop = True
+            elif self.what == "Ctrl-C":
+                os.kill(os.getpid(), signal.SIGINT)
 
-    def on_validation_batch_end(self, trainer, *_):
-        if self.what == "interrupt validation":
-            raise KeyboardInterrupt
-
-    def _act(self, trainer):
-        if self.what == "stop":
-            trainer.should_stop = True
-        elif self.what == "interrupt":
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_index, *_):
+        if self.what == "Ctrl-C in validation" and trainer.global_step == self.step and batch_index == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -108,7 +113,7 @@ def test_the_average_follows_its_definition(data, tmp_path):
         torch.testing.assert_close(checkpoint["state_dict"][name].double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("start_step", [0, 5])
+@pytest.mark.parametrize("start_step", [0])
 def test_a_finished_run_that_is_continued_is_the_longer_run(data, tmp_path, start_step):
     fit(tmp_path / "whole", settings(tmp_path / "whole", data, start_step, max_steps=12))
     fit(tmp_path / "part", settings(tmp_path / "part", data, start_step, max_steps=7))
@@ -119,33 +124,89 @@ def test_a_finished_run_that_is_continued_is_the_longer_run(data, tmp_path, star
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "rest"))
 
 
-EVERY_SEVEN = {"val_check_interval": 7, "check_val_every_n_epoch": None}
+STOPS = {
+    "stop": (7, {}),
+    "stop in accumulation": (4, {"accumulate_grad_batches": 2}),
+    "Ctrl-C": (7, {}),
+    "Ctrl-C before a step": (8, {}),
+    "Ctrl-C in validation": (7, {"val_check_interval": 7, "check_val_every_n_epoch": None, "limit_val_batches": 1.0}),
+    "error": (7, {}),
+    "max_epochs": (10, {}),
+}
 
 
-@pytest.mark.parametrize(
-    ("ended_by", "trainer"),
-    [
-        ([at_step(7, "stop")], {"max_steps": 12}),
-        ([at_step(7, "interrupt")], {"max_steps": 12}),
-        ([at_step(7, "interrupt validation")], EVERY_SEVEN | {"max_steps": 12}),
-        ([], {"max_steps": -1, "max_epochs": 2}),
-    ],
-    ids=["early stop", "Ctrl-C", "Ctrl-C in validation", "max_epochs"],
-)  # fmt: skip
-def test_a_stopped_run_goes_on_exactly(data, tmp_path, ended_by, trainer):
+@pytest.mark.parametrize("what", STOPS)
+def test_a_stopped_run_goes_on_exactly(data, tmp_path, what):
+    """The weights, the averaged ones, the losses and the validations are those of a run that was not stopped."""
+    step, trainer = STOPS[what]
     whole, run = tmp_path / "whole", tmp_path / "run"
-    more = {key: value for key, value in trainer.items() if key not in ("max_steps", "max_epochs")}
-    fit(whole, settings(whole, data, 3, max_steps=12, **more))
-    interrupted = any("interrupt" in one["init_args"]["what"] for one in ended_by)
-    with pytest.raises(SystemExit, match="1") if interrupted else nullcontext():
-        fit(run, settings(run, data, 3, extra=ended_by, **trainer))
-    assert (run / "model").exists() != interrupted
+    fit(whole, settings(whole, data, 3, **trainer, max_steps=12))
+    ended = {"max_steps": -1, "max_epochs": 2} if what == "max_epochs" else {"max_steps": 12}
+    extra = [at_step(7 if "before" in what else step, what.removesuffix(" in accumulation"))]
+    made = settings(run, data, 3, extra=extra, **trainer, **ended)
+    if "Ctrl-C" in what:
+        with pytest.raises(SystemExit, match="1"):
+            fit(run, made)
+    elif what == "error":
+        with pytest.raises(RuntimeError, match="an error in a step"):
+            fit(run, made)
+    else:
+        fit(run, made)
+    assert read(run)["global_step"] == step
+    assert (run / "model").exists() == (what in ("stop", "stop in accumulation", "max_epochs"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert read(run)["global_step"] == (10 if "max_epochs" in trainer else 7)
-    fit(run, settings(run, data, 3, max_steps=12, **more), "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    fit(run, settings(run, data, 3, **trainer, max_steps=12), "--ckpt_path", run / "checkpoints" / "last.ckpt")
     assert same(weights(whole), weights(run))
     assert same(read(whole)["current_model_state"], read(run)["current_model_state"])
-    assert [path.name for path in (run / "checkpoints").glob("last*")] == ["last.ckpt"]
+    expected, got = scalars(whole), scalars(run)
+    assert got["loss"] == expected["loss"]
+    validated = {at: value for at, value in got["validation/joint"].items() if at != step - 1 or "stop" not in what}
+    assert validated == expected["validation/joint"]  # but for the one that ends a run
+
+
+def test_the_best_of_the_last_validation_is_kept(data, tmp_path):
+    made = settings(tmp_path, data, max_epochs=3, max_steps=-1)
+    made["trainer"]["callbacks"][-1]["init_args"] = {
+        "dirpath": str(tmp_path / "checkpoints"),
+        "monitor": "validation/joint",
+        "filename": "best",
+        "every_n_epochs": 1,
+    }
+    fit(tmp_path, made)
+    best = min(scalars(tmp_path)["validation/joint"].items(), key=lambda entry: entry[1])[0]
+    assert read(tmp_path, "best")["global_step"] == best + 1
+    assert read(tmp_path)["global_step"] == 15
+
+
+def test_a_dry_run_touches_nothing(data, tmp_path):
+    fit(tmp_path, settings(tmp_path, data, max_steps=2))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".ckpt", ".safetensors")}
+    fit(tmp_path, settings(tmp_path, data, max_steps=9), "--trainer.fast_dev_run", "true")
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".ckpt", ".safetensors")}
+    assert before == after
+
+
+def test_an_overwritten_run_is_kept_until_the_new_one_starts(data, tmp_path):
+    fit(tmp_path, settings(tmp_path, data, max_steps=2))
+    with pytest.raises(SystemExit, match=r"metadata\.jsonl (is missing|does not exist)"):
+        fit(tmp_path, settings(tmp_path, tmp_path / "nowhere"), "--overwrite", "true")
+    assert read(tmp_path)["global_step"] == 2
+
+
+def test_averaging_starts_in_time_with_accumulation(data, tmp_path):
+    made = settings(tmp_path, data, start_step=3, max_steps=4, accumulate_grad_batches=2)
+    fit(tmp_path, made)
+    last, name = read(tmp_path), "transformer.embed.weight"
+    assert not torch.equal(last["state_dict"][name], last["current_model_state"][name])
+
+
+def test_the_logged_loss_is_that_of_its_batch(data, tmp_path):
+    """With accumulation too: near log 257 a token for an untrained model, however long the documents are."""
+    made = settings(tmp_path, data, max_steps=2, accumulate_grad_batches=4)
+    made["model"]["init_args"]["objective"] = {"weighting": "none", "normalisation": "masked"}
+    fit(tmp_path, made)
+    assert all(4 < loss < 7 for loss in scalars(tmp_path)["loss"].values())
 
 
 def test_continuing_a_run_at_its_end_saves_the_same_model(data, tmp_path):
@@ -173,11 +234,11 @@ def test_a_folder_with_another_run_is_refused_or_overwritten(data, tmp_path):
 
 def test_two_runs_at_once_are_refused(tmp_path):
     first, second = Checkpoints(str(tmp_path)), Checkpoints(str(tmp_path))
-    first.claim(goes_on=False)
+    first.claim(continues=False)
     with pytest.raises(ValueError, match="another training is writing to"):
-        second.claim(goes_on=True)
+        second.claim(continues=True)
     first._release()
-    second.claim(goes_on=True)
+    second.claim(continues=True)
     second._release()
 
 
@@ -223,30 +284,45 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
         main(["fit", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(tmp_path / "checkpoints/no.ckpt")])
 
 
-def test_checkpoints_are_whole_wherever_temporary_files_lie(tmp_path):
+def test_checkpoints_are_whole_wherever_temporary_files_lie(tmp_path, monkeypatch):
     """Killed at any moment, also with TMPDIR on another file system, the file is the old one or the new one."""
-    code = (
-        "import sys, torch; from multidiff.checkpoints import WholeFiles\n"
-        "content = {'weight': torch.zeros(2**22)}\n"
-        "while True: WholeFiles().save_checkpoint(content, sys.argv[1]); print(1, flush=True)"
-    )
-    path = tmp_path / "last.ckpt"
-    environment = {**os.environ, "TMPDIR": "/dev/shm"}
-    before = set(os.listdir("/dev/shm"))
-    for delay in (0.0, 0.011, 0.023, 0.037):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env=environment, text=True
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        threading.Event().wait(delay)
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        assert torch.load(path, weights_only=True)["weight"].shape == (2**22,)
-    assert set(os.listdir("/dev/shm")) == before
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        monkeypatch.setenv("TMPDIR", elsewhere)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        path, content = tmp_path / "last.ckpt", {"weight": torch.zeros(2**20)}
+        WholeFiles().save_checkpoint(content, path)
+        start = time.monotonic()
+        WholeFiles().save_checkpoint(content, path)
+        seconds, random = time.monotonic() - start, Random(0)
+        for _ in range(20):
+            child = multiprocessing.get_context("fork").Process(target=_save_again_and_again, args=(content, path))
+            child.start()
+            time.sleep(random.uniform(0.5, 3) * seconds)
+            child.kill()
+            child.join()
+            assert torch.load(path, weights_only=True)["weight"].shape == (2**20,)
+        assert os.listdir(elsewhere) == []
     WholeFiles().save_checkpoint({}, path)
     assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def _save_again_and_again(content, path):
+    while True:
+        WholeFiles().save_checkpoint(content, path)
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    """A limit on the size of a file stands for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"a\.ckpt cannot be written"):
+            WholeFiles().save_checkpoint({"weight": torch.zeros(2**20)}, tmp_path / "a.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path):

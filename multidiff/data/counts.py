@@ -10,7 +10,7 @@ from datasets import Dataset
 from multidiff.data.length import Selection
 from multidiff.seen import Orders, Sizes
 
-_ROWS = 10_000  # at once
+_ROWS_PER_READ = 10_000
 
 
 def count(rows: Dataset, selection: Selection) -> tuple[Orders, Sizes]:
@@ -26,7 +26,7 @@ def count(rows: Dataset, selection: Selection) -> tuple[Orders, Sizes]:
     cut = {selection.rows[document] for document in selection.parts}
     columns = rows.select_columns(["names", "sizes"])
     number = 0
-    for batch in columns.iter(batch_size=_ROWS):
+    for batch in columns.iter(batch_size=_ROWS_PER_READ):
         chunk = cast("dict[str, list[list[str]]]", batch)
         for names, of_row in zip(chunk["names"], chunk["sizes"], strict=True):
             orders[tuple(names)] += times[number]
@@ -35,7 +35,7 @@ def count(rows: Dataset, selection: Selection) -> tuple[Orders, Sizes]:
                     sizes.setdefault(name, Counter())[size] += 1
             number += 1
     for document, parts in selection.parts.items():
-        for name, part in zip(rows[selection.rows[document]]["names"], parts, strict=True):
+        for name, part in zip(columns[selection.rows[document]]["names"], parts, strict=True):
             if part.ends:
                 sizes.setdefault(name, Counter())[part.size] += 1
     return +orders, sizes  # without those of documents that are left out

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +25,7 @@ from multidiff.sequence import Segment, Sequencer, TokenBatch
 from multidiff.tokenizer import Codes
 from multidiff.vocabulary import SharedVocabulary
 
-STAND_IN = -1  # in place of an epoch
+STAND_IN_EPOCH = -1
 
 
 class BatchedData(LightningDataModule):
@@ -47,7 +45,7 @@ class BatchedData(LightningDataModule):
         return {"ranks": self.rank()[1], "batch_size": self.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Refuse what would show some documents of an epoch twice and others never.
+        """Check that the training goes on as it was; else an epoch would show some documents twice and others never.
 
         Raises:
             ValueError: training goes on with another number of processes or another batch size.
@@ -116,8 +114,10 @@ class DocumentData(BatchedData):
         if long_documents not in get_args(LongDocuments):
             raise ValueError(f"long_documents {long_documents!r} is none of {', '.join(get_args(LongDocuments))}")
         for name, units in (slack or {}).items():
-            if name not in tokenizers or units < 1:
-                raise ValueError(f"slack {name}: {units}: name one of {', '.join(tokenizers)} and at least 1")
+            if name not in tokenizers:
+                raise ValueError(f"slack {name}: no tokenizer has this name. There are {', '.join(tokenizers)}.")
+            if units < 1:
+                raise ValueError(f"slack {name}: {units} must be at least 1")
         self.folder = Path(folder)
         self.batch_size, self.row_length, self.num_workers, self.seed = batch_size, row_length, num_workers, seed
         self.slack, self.shuffle_segments = slack or {}, shuffle_segments
@@ -133,7 +133,9 @@ class DocumentData(BatchedData):
         self.sequencer = Sequencer(self.tokenizers, self.vocabulary)
         self.shards: Path | None = None
         self._prepared: Path | None = None
+        self._selections: dict[tuple[Path, str], tuple[Dataset, Selection]] = {}
         self._documents: dict[tuple[Path, str], Documents] = {}
+        self._seen: dict[Path, SeenDocuments] = {}
 
     def prepare_data(self) -> None:
         self._prepared = self._shards()
@@ -163,7 +165,7 @@ class DocumentData(BatchedData):
         rank, ranks = self.rank()
         documents = self.documents(split)
         # As many for every rank, so that none waits for another in vain; what stands in counts for nothing.
-        indices = [(0 if index < len(documents) else STAND_IN, index % len(documents))
+        indices = [(0 if index < len(documents) else STAND_IN_EPOCH, index % len(documents))
                    for index in range(rank, -(-len(documents) // ranks) * ranks, ranks)]  # fmt: skip
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
         return self._loader(documents, batches)
@@ -181,32 +183,39 @@ class DocumentData(BatchedData):
         """The documents of a split, as segments; (epoch, index) addresses one, the epoch drawing its slack."""
         key = (self.shards or self._shards(), split)
         if key not in self._documents:
-            rows = tokenized.open_split(*key)
-            metadata = self.folder / "metadata.jsonl"
-            selection = select(rows, split, self.tokenizers, self.max_document_length, self.long_documents, metadata)
+            rows, selection = self._selected(*key)
+            usual = {name: next(iter(size.values())) for name, size in self.seen.canvas.items()}
             shuffled = self.shuffle_segments and split == "train"
-            varies = [name for name, tokenizer in self.tokenizers.items() if tokenizer.variable_length]
-            usual = {name: next(iter(self.seen.canvas[name].values())) for name in varies if name in self.seen.canvas}
             documents = Documents(rows, selection, self.sequencer, usual, self.slack, self.seed, shuffled)
             self._documents[key] = documents
         return self._documents[key]
 
-    @cached_property
+    @property
     def seen(self) -> SeenDocuments:
         """What the training documents are like, which is stored with the model; of another split if there are none."""
-        rows, split = None, ""
         place = self.shards or self._shards()
-        for split in SPLITS:
-            with suppress(ValueError):
-                rows = tokenized.open_split(place, split)
-                break
-        if rows is None:
-            raise ValueError(f"{self.folder} has no documents")
-        metadata = self.folder / "metadata.jsonl"
-        selection = select(rows, split, self.tokenizers, self.max_document_length, self.long_documents, metadata)
-        orders, sizes = count(rows, selection)
-        varies = {name: tokenizer.variable_length for name, tokenizer in self.tokenizers.items()}
-        return SeenDocuments.of(orders, sizes, self.shuffle_segments, self.slack, varies)
+        if place not in self._seen:
+            for split in SPLITS:
+                try:
+                    rows, selection = self._selected(place, split)
+                    break
+                except tokenized.EmptySplitError:
+                    continue
+            else:
+                raise ValueError(f"{self.folder / 'metadata.jsonl'} has no documents that can be read")
+            varies = {name: tokenizer.variable_length for name, tokenizer in self.tokenizers.items()}
+            orders, sizes = count(rows, selection)
+            self._seen[place] = SeenDocuments.of(orders, sizes, self.shuffle_segments, self.slack, varies)
+        return self._seen[place]
+
+    def _selected(self, place: Path, split: str) -> tuple[Dataset, Selection]:
+        key = (place, split)
+        if key not in self._selections:
+            rows = tokenized.open_split(place, split)
+            metadata = self.folder / "metadata.jsonl"
+            chosen = select(rows, split, self.tokenizers, self.max_document_length, self.long_documents, metadata)
+            self._selections[key] = rows, chosen
+        return self._selections[key]
 
     def _collate(self, documents: list[list[Segment]]) -> TokenBatch:
         batch = self.sequencer.batch(documents, self.row_length)
@@ -225,7 +234,7 @@ class Documents(torch.utils.data.Dataset):
     Args:
         rows, selection: of a split.
         sequencer: makes the segments.
-        usual: name -> units of the usual canvas, where length varies.
+        usual: name -> units of the usual canvas; only those of items of varying length are used.
         slack, seed: as in `DocumentData`.
         shuffled: whether the segments of a document are put in random order.
     """
@@ -252,7 +261,7 @@ class Documents(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[list[Segment]]:
         rows = self._rows([index for _, index in keys])
         return [
-            (StandIn if key[0] == STAND_IN else list)(self._document(generator_for(self.seed, *key), *row))
+            (StandIn if key[0] == STAND_IN_EPOCH else list)(self._document(generator_for(self.seed, *key), *row))
             for key, row in zip(keys, rows, strict=True)
         ]
 

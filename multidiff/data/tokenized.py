@@ -96,17 +96,21 @@ def shards(
     return place
 
 
+class EmptySplitError(ValueError):
+    """A split without documents; the message says what to do."""
+
+
 def open_split(place: Path, split: str) -> Dataset:
     """The documents of a split: rows of "line", "length" (tokens), "names", "ids" (int32 lists) and "sizes" (JSON).
 
     Raises:
-        ValueError: the split is empty.
+        EmptySplitError: the split is empty.
     """
     content = manifest.read(place)
     parts = sorted({str(Path(name).parent) for name in content["files"] if name.startswith(f"{split}/")})
     if not parts:
         left_out = content["counts"][split]["left_out"]
-        raise ValueError(
+        raise EmptySplitError(
             f"All {left_out} documents of split {split!r} were left out because they cannot be read. "
             f"{place / 'skipped.json'} says why."
             if left_out
@@ -165,7 +169,8 @@ def _tokenize(
     known: dict[tuple[str, str], _Row | ItemError] = {}
     for part in trainer.predict(encoder, loader) or ():
         known |= part  # pyright: ignore[reportOperatorIssue]
-    return _write(place, folder, records, known)
+    with files.naming(place):
+        return _write(place, folder, records, known)
 
 
 def _batches(states: Mapping[str, tuple[int, int]], sources: list[_Source]) -> list[list[_Source]]:
