@@ -287,7 +287,7 @@ def test_files_that_end_too_soon_are_named(tokenizer, tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 8_000), 8_000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ItemError, match=rf"cut\.{suffix} is (cut off|no readable)"):
+    with pytest.raises(ItemError, match=rf"cut\.{suffix} is cut off"):
         tokenizer.read(path.name, tmp_path)
 
 

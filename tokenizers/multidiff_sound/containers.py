@@ -22,7 +22,9 @@ _CHUNKED = {b"RIFF": "<", b"RF64": "<", b"RIFX": ">", b"FORM": ">"}  # and their
 # Programs that do not know the size yet write 0, or one slightly below these: sox and espeak 0x7FFFF000, ALSA
 # 0x7FFFFF00, LAME 0x7FFFFFFF, ffmpeg 0xFFFFFFFF.
 _ENDS = (2**31, 2**32, 2**63, 2**64)
-_AGAIN = "copy it again or leave it out"
+_ADVICE = "copy it again or leave it out"
+_CONVERT = "convert it, e.g. `ffmpeg -i FILE OUT.wav`"
+_WINDOW = 2**20  # bytes in which the frames of an MP3 file are looked for
 # Bits of a byte in reverse: zlib's CRC-32 takes the lowest bit first, OGG's the highest.
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -76,7 +78,7 @@ def streams_of(file: BinaryIO) -> list[Stream]:
         return [_flac(file, start, size)]
     if start or _Frame.parse(magic):
         return [_frames(file, start, size)]
-    raise DamageError("is not a sound file that can be read; WAV, FLAC, OGG and MP3 files are")
+    raise DamageError(f"is not a sound file that can be read; WAV, FLAC, OGG and MP3 files are: {_CONVERT}")
 
 
 def _read(file: BinaryIO, place: int, count: int = -1) -> bytes:
@@ -92,11 +94,13 @@ def _chunks(file: BinaryIO, start: int, size: int) -> Stream:
     while True:
         header = _read(file, place, 8)
         if len(header) < 8:
-            raise DamageError(f"is cut off before its samples; {_AGAIN}")
+            raise DamageError(f"is cut off before its samples; {_ADVICE}")
         name, (length,) = header[:4], struct.unpack(f"{order}I", header[4:])
         place += 8
         if name in (b"data", b"SSND"):
             break
+        if name == bytes(4):
+            raise DamageError(f"is damaged: zeros stand where a chunk must begin, at byte {place - 8:,}; {_ADVICE}")
         if kind == b"RF64" and name == b"ds64":
             large = struct.unpack("<2Q", file.read(16).ljust(16, b"\0"))
         place += length + length % 2
@@ -104,12 +108,14 @@ def _chunks(file: BinaryIO, start: int, size: int) -> Stream:
         whole, length = large
     rest = size - place
     # A size of 0 is true only where further chunks follow, which the size of the whole then includes.
-    if (length == 0 and (_is_open(whole) or start + 8 + whole <= place)) or (length > rest and _is_open(length)):
+    empty = length == 0 and (_is_open(whole) or start + 8 + whole <= place)
+    wrapped = not large and rest - length >= 2**32  # 32 bits did not hold the size
+    if empty or wrapped or (length > rest and _is_open(length)):
         return _closed(file, start, place, size, order)
     if length > rest:
-        raise DamageError(f"is cut off after {rest:,} of {length:,} bytes of samples; {_AGAIN}")
+        raise DamageError(f"is cut off after {rest:,} of {length:,} bytes of samples; {_ADVICE}")
     if start + whole > size and not _is_open(whole):  # some programs count the first 8 bytes, too
-        raise DamageError(f"is cut off after its samples; {_AGAIN}")
+        raise DamageError(f"is cut off after its samples; {_ADVICE}")
     return Stream(file, start, size)
 
 
@@ -120,10 +126,12 @@ def _is_open(length: int) -> bool:
 
 def _closed(file: BinaryIO, start: int, place: int, size: int, order: str) -> Stream:
     """The same file with the sizes that it has: its samples begin at `place` and end with it."""
+    if size - place >= 2**32:
+        raise DamageError("holds 4 GiB of samples or more without stating how many; cut it up")
     head = bytearray(_read(file, start, place - start))
     head[:4] = head[:4].replace(b"RF64", b"RIFF")
     head[4:8] = struct.pack(f"{order}I", min(size - start - 8, 2**32 - 1))
-    head[-4:] = struct.pack(f"{order}I", min(size - place, 2**32 - 1))
+    head[-4:] = struct.pack(f"{order}I", size - place)
     return Stream(file, place, size, bytes(head))
 
 
@@ -133,24 +141,25 @@ def _wave64(file: BinaryIO, start: int, size: int) -> Stream:
     while True:
         header = _read(file, place, 24)
         if len(header) < 24:
-            raise DamageError(f"is cut off before its samples; {_AGAIN}")
+            raise DamageError(f"is cut off before its samples; {_ADVICE}")
         length = max(24, int.from_bytes(header[16:], "little"))
         if header[:16] == _WAVE64[1]:
             break
         place = min(size, place + length + -length % 8)
     if place + length > size:
-        raise DamageError(f"is cut off after {size - place - 24:,} of {length - 24:,} bytes of samples; {_AGAIN}")
+        raise DamageError(f"is cut off after {size - place - 24:,} of {length - 24:,} bytes of samples; {_ADVICE}")
     return Stream(file, start, size)
 
 
 def _flac(file: BinaryIO, start: int, size: int) -> Stream:
     """A FLAC file; one that was written to a pipe does not say how long it is, but its last frame does."""
-    header = _read(file, start, flac.HEADER)
+    header, size = _read(file, start, flac.HEADER), _before_tags(file, size)
     if len(header) < flac.HEADER or flac.states_length(header):
         return Stream(file, start, size)
-    samples = flac.samples_before_end(header, _read(file, max(start + flac.HEADER, size - 2**20)))
+    begin = max(start + flac.HEADER, size - flac.longest_frame(header))
+    samples = flac.samples_before_end(header, _read(file, begin, size - begin))
     if samples is None:
-        raise DamageError(f"is cut off within its last frame; {_AGAIN}")
+        raise DamageError(f"is cut off within its last frame; {_ADVICE}")
     return Stream(file, start + flac.HEADER, size, flac.with_length(header, samples))
 
 
@@ -166,15 +175,15 @@ def _pages(file: BinaryIO, start: int, size: int) -> list[Stream]:
         lengths = file.read(header[-1]) if len(header) == 27 else b""
         page = header + lengths + file.read(sum(lengths))
         if len(header) < 27 or len(lengths) < header[26] or len(page) < 27 + len(lengths) + sum(lengths):
-            raise DamageError(f"is cut off within a page, after {place:,} bytes; {_AGAIN}")
+            raise DamageError(f"is cut off within a page, after {place:,} bytes; {_ADVICE}")
         flags, serial, number = page[5], page[14:18], int.from_bytes(page[18:22], "little")
         if _checksum(page[:22] + bytes(4) + page[26:]) != int.from_bytes(page[22:26], "little"):
-            raise DamageError(f"is damaged: the page at byte {place:,} does not match its checksum; {_AGAIN}")
+            raise DamageError(f"is damaged: the page at byte {place:,} does not match its checksum; {_ADVICE}")
         if flags & 2:
             begin = begin if expected else place
             expected[serial] = number
         if expected.get(serial) != number:
-            raise DamageError(f"is damaged: pages are missing before byte {place:,}; {_AGAIN}")
+            raise DamageError(f"is damaged: pages are missing before byte {place:,}; {_ADVICE}")
         expected[serial] += 1
         place += len(page)
         if flags & 4:
@@ -187,7 +196,20 @@ def _pages(file: BinaryIO, start: int, size: int) -> list[Stream]:
             f"{what}: the page that ends the sound is missing; copy it again, or repair it with "
             "`ffmpeg -i FILE -c copy REPAIRED`"
         )
+    if _occurs(file, b"OggS", _after_tags(file, place)):
+        raise DamageError(f"is damaged: what stands at byte {place:,} is no page, and pages follow; {_ADVICE}")
     return links
+
+
+def _occurs(file: BinaryIO, word: bytes, place: int) -> bool:
+    """Whether a word stands anywhere from `place` on."""
+    file.seek(place)
+    tail = b""
+    while block := file.read(2**20):
+        if word in tail + block:
+            return True
+        tail = block[1 - len(word) :]
+    return False
 
 
 def _checksum(page: bytes) -> int:
@@ -201,7 +223,7 @@ class _Frame(NamedTuple):
 
     format: tuple[int, int, bool]  # version, rate, mono: what all frames share
     length: int  # bytes
-    side: int  # bytes between the header and what Xing and LAME write there
+    side_info_bytes: int  # bytes between the header and what Xing and LAME write there
 
     @classmethod
     def parse(cls, header: bytes) -> _Frame | None:
@@ -221,68 +243,80 @@ _KILOBITS_1 = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KILOBITS_2 = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
-def _frames(file: BinaryIO, start: int, size: int) -> Stream:
+def _frames(file: BinaryIO, tagged: int, size: int) -> Stream:
     """An MP3 file. Where it does not say how many frames it has, a frame that says so is put before the others."""
-    tagged, start = start, _first_frame(file, start)
+    start = _first_frame(file, tagged, size)
+    if start is None or _read(file, tagged, start - tagged).strip(b"\0"):
+        raise DamageError(
+            f"is damaged, or no MP3 file: no frame begins at byte {tagged:,}, behind its tags; copy it again, or "
+            f"{_CONVERT}"
+        )
     header = _read(file, start, 4)
     first = _Frame.parse(header)
-    if first is None or _read(file, tagged, start - tagged).strip(b"\0"):
-        raise DamageError(f"is damaged: no frame of MP3 begins at byte {tagged:,}; {_AGAIN}")
-    place, count = start, 0
+    assert first is not None
+    place, count, length = start, 0, 0
     while True:
         following = _read(file, place, 4)
         frame = _Frame.parse(following)
         if frame is not None and frame.format == first.format:
             if place + frame.length > size:
-                raise DamageError(f"is cut off within a frame, after {count:,} of them; {_AGAIN}")
-            place, count = place + frame.length, count + 1
+                raise DamageError(f"is cut off within a frame, after {count:,} of them; {_ADVICE}")
+            place, count, length = place + frame.length, count + 1, length + frame.length
         elif (behind := _after_tags(file, place)) != place:
             place = behind
         else:
             break
-    if following and header.startswith(following[:2]):
-        raise DamageError(f"is cut off within a frame, after {count:,} of them; {_AGAIN}")
-    if _first_frame(file, place) < size:
-        raise DamageError(f"is damaged, or changes its format, at byte {place:,}; {_AGAIN}")
-    announced, has_info = _announced(_read(file, start, first.length), first)
-    count -= has_info
-    if announced > count:
-        raise DamageError(f"is cut off after {count:,} of {announced:,} frames; {_AGAIN}")
-    if announced == count:
+    if 0 < len(following) < 4 and header.startswith(following[:2]):
+        raise DamageError(f"is cut off within a frame, after {count:,} of them; {_ADVICE}")
+    if size - place > _WINDOW or _first_frame(file, place, size) is not None:
+        raise DamageError(f"is damaged, or changes its format, at byte {place:,}; {_ADVICE}")
+    info = _Info.parse(_read(file, start, first.length), first)
+    count -= info is not None
+    # mp3splt counts the frame that says it, too.
+    miscounted = info is not None and info.frames == count + 1 and info.length == length
+    if info and info.frames > count and not miscounted:
+        raise DamageError(f"is cut off after {count:,} of {info.frames:,} frames; {_ADVICE}")
+    if info and info.frames == count:
         return Stream(file, start, place)
-    return Stream(file, start + has_info * first.length, place, _info(header, count))
+    return Stream(file, start + (first.length if info else 0), place, _info_frame(header, count))
 
 
-def _first_frame(file: BinaryIO, place: int) -> int:
-    """Where the first two frames of one format begin; the end of the file if nowhere."""
-    content = _read(file, place)
-    for match in re.finditer(rb"\xff[\xe2-\xff]", content):
-        frame = _Frame.parse(content[match.start() : match.start() + 4])
+def _first_frame(file: BinaryIO, place: int, size: int) -> int | None:
+    """Where the first two frames of one format begin, or one that ends the file; searched in `_WINDOW` bytes."""
+    for match in re.finditer(rb"\xff[\xe2-\xff]", _read(file, place, _WINDOW)):
+        begin = place + match.start()
+        frame = _Frame.parse(_read(file, begin, 4))
         if frame is None:
             continue
-        behind = match.start() + frame.length
-        following = _Frame.parse(content[behind : behind + 4])
-        if behind == len(content) or (following is not None and following.format == frame.format):
-            return place + match.start()
-    return place + len(content)
+        following = _Frame.parse(_read(file, begin + frame.length, 4))
+        if begin + frame.length == size or (following is not None and following.format == frame.format):
+            return begin
+    return None
 
 
-def _announced(frame: bytes, parsed: _Frame) -> tuple[int, bool]:
-    """How many frames follow as the first one says (0: it does not), and whether it says anything about them."""
-    xing = frame[4 + parsed.side :]
-    if xing[:4] in (b"Xing", b"Info"):
-        return (int.from_bytes(xing[8:12], "big") if xing[7] & 1 else 0), True
-    if frame[36:40] == b"VBRI":
-        return int.from_bytes(frame[50:54], "big"), True
-    return 0, False
+class _Info(NamedTuple):
+    """What the first frame of an MP3 file says of the others; 0 is not said."""
+
+    frames: int
+    length: int  # bytes, with its own
+
+    @classmethod
+    def parse(cls, frame: bytes, parsed: _Frame) -> _Info | None:
+        xing = frame[4 + parsed.side_info_bytes :]
+        if xing[:4] in (b"Xing", b"Info"):
+            numbers = [int.from_bytes(xing[place : place + 4], "big") for place in (8, 12)]
+            return cls(numbers[0] if xing[7] & 1 else 0, numbers[1] if xing[7] & 3 == 3 else 0)
+        if frame[36:40] == b"VBRI":
+            return cls(int.from_bytes(frame[50:54], "big"), 0)
+        return None
 
 
-def _info(header: bytes, count: int) -> bytes:
+def _info_frame(header: bytes, count: int) -> bytes:
     """A frame of silence, of the format of `header`, which says that `count` others follow."""
     header = bytes([0xFF, header[1] | 1, header[2] & 0x0C | 0xE0, header[3]])  # no checksum, the highest bit rate
     frame = _Frame.parse(header)
     assert frame is not None
-    content = header + bytes(frame.side) + b"Info" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
+    content = header + bytes(frame.side_info_bytes) + b"Info" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
     return content.ljust(frame.length, b"\0")
 
 
@@ -299,3 +333,16 @@ def _after_tags(file: BinaryIO, place: int) -> int:
             place += 32 + int.from_bytes(head[12:16], "little")
         else:
             return place
+
+
+def _before_tags(file: BinaryIO, end: int) -> int:
+    """The first byte of the ID3v1 and APE tags that end at `end`."""
+    while True:
+        footer = _read(file, max(0, end - 32), 32)
+        if end >= 128 and _read(file, end - 128, 3) == b"TAG":
+            end -= 128
+        elif footer[:8] == b"APETAGEX" and len(footer) == 32:
+            with_header = 32 if footer[23] & 0x80 else 0
+            end = max(0, end - int.from_bytes(footer[12:16], "little") - with_header)
+        else:
+            return end

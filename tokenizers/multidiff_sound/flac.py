@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 HEADER = 42  # bytes: the marker, and the block that describes the stream
 _UNKNOWN = 2**36 - 1  # the bits of the number of samples
+_PERIOD = 2**15 - 1  # of x^e modulo the polynomial of the frames' CRC
 
 
 def states_length(header: bytes) -> bool:
@@ -18,12 +21,20 @@ def with_length(header: bytes, samples: int) -> bytes:
     return header[:18] + (int.from_bytes(header[18:26], "big") | samples).to_bytes(8, "big") + header[26:]
 
 
+def longest_frame(header: bytes) -> int:
+    """A bound for the bytes of a frame: what the header says, or the samples of the longest block at 32 bits."""
+    channels = (header[20] >> 1 & 7) + 1
+    return int.from_bytes(header[15:18], "big") or 4 * channels * int.from_bytes(header[10:12], "big") + 2**12
+
+
 def samples_before_end(header: bytes, tail: bytes) -> int | None:
     """The samples of a stream that ends with `tail`; None where that does not end with a whole frame."""
+    remainders = _remainders(tail)
     for match in reversed(list(re.finditer(rb"\xff[\xf8\xf9]", tail))):
-        frame = tail[match.start() :]
-        numbers = _numbers(frame[:16])
-        if numbers is not None and _remainder(frame, 0x8005, 16) == 0:
+        if remainders[match.start()]:
+            continue
+        frame = tail[match.start() : match.start() + 16]
+        if (numbers := _numbers(frame)) is not None:
             number, samples = numbers
             per_frame = 1 if frame[1] & 1 else int.from_bytes(header[8:10], "big")
             return number * per_frame + samples
@@ -48,14 +59,33 @@ def _numbers(frame: bytes) -> tuple[int, int] | None:
     else:
         samples = 192 if size == 1 else 576 << (size - 2) if size < 6 else 256 << (size - 8)
     place += {12: 1, 13: 2, 14: 2}.get(rate, 0)
-    return None if _remainder(frame[: place + 1], 0x07, 8) else (number, samples)
+    return None if _header_checksum(frame[: place + 1]) else (number, samples)
 
 
-def _remainder(content: bytes, polynomial: int, bits: int) -> int:
-    """CRC of so many bits, the highest first, from 0: 0 for a content that ends with its own."""
-    top, mask, register = 1 << (bits - 1), (1 << bits) - 1, 0
+def _header_checksum(content: bytes) -> int:
+    """CRC-8 with the polynomial x⁸ + x² + x + 1: 0 for a content that ends with its own."""
+    register = 0
     for byte in content:
-        register ^= byte << (bits - 8)
+        register ^= byte
         for _ in range(8):
-            register = (register << 1 ^ polynomial if register & top else register << 1) & mask
+            register = (register << 1 ^ 0x107 if register & 0x80 else register << 1) & 0xFF
     return register
+
+
+def _remainders(content: bytes) -> np.ndarray:
+    """A content from each of its bytes to its end, modulo x¹⁶ + x¹⁵ + x² + 1: 0 where that ends with its own CRC-16.
+
+    This is the sum of x^e modulo the polynomial over the bits that are 1, where e counts the bits behind. One pass from
+    the end gives all sums; addition is XOR.
+    """
+    powers = np.empty(_PERIOD, np.uint16)
+    power = 1
+    for exponent in range(_PERIOD):
+        powers[exponent] = power
+        power = power << 1 ^ (0x18005 if power & 0x8000 else 0)
+    backwards = np.frombuffer(content, np.uint8)[::-1]
+    exponents = 8 * np.arange(len(content))
+    terms = np.zeros(len(content), np.uint16)
+    for bit in range(8):
+        terms ^= np.where(backwards >> bit & 1, powers[(exponents + bit) % _PERIOD], 0).astype(np.uint16)
+    return np.bitwise_xor.accumulate(terms)[::-1]

@@ -8,20 +8,20 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import numpy as np
 import soundfile
 import torch
 from PIL import Image
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks
 
-from multidiff.files import check_file, naming, write_bytes
+from multidiff.files import check_file, write_bytes
 from multidiff.tokenizer import Audio, ItemError
 from multidiff_sound.containers import DamageError, Stream, streams_of
 from multidiff_sound.resampling import resample
 
 MOST_SECONDS = 3600  # of a file
 _MOST_SAMPLES = 2**30  # of all channels of a file, 4 GB: an hour of stereo at up to 149 kHz
+_BLOCK = 2**20  # samples of each channel that are decoded at once
 
 
 def read_sound(path: Path) -> Audio:
@@ -39,7 +39,7 @@ def read_sound(path: Path) -> Audio:
         raise ItemError(str(error)) from None
     try:
         with path.open("rb") as file:
-            parts = [_decode(stream) for stream in streams_of(file)]
+            sound = _decode(streams_of(file))
     except DamageError as error:
         raise ItemError(f"{path} {error}") from None
     except soundfile.LibsndfileError as error:
@@ -47,42 +47,56 @@ def read_sound(path: Path) -> Audio:
         raise ItemError(f"{path} is cut off, damaged or of a kind that is not read ({reason})") from None
     except OSError as error:
         raise ItemError(f"{path} cannot be read ({error.strerror})") from None
-    sample_rate, channels = parts[0].sample_rate, len(parts[0].waveform)
-    if any((part.sample_rate, len(part.waveform)) != (sample_rate, channels) for part in parts):
-        raise ItemError(f"{path} changes its sample rate or channels in the middle; cut it up")
-    waveform_CT = parts[0].waveform if len(parts) == 1 else torch.cat([part.waveform for part in parts], 1)
-    if waveform_CT.numel() == 0:
+    if sound.waveform.numel() == 0:
         raise ItemError(f"{path} holds no samples; leave it out")
-    if not waveform_CT.isfinite().all():
+    if not sound.waveform.isfinite().all():
         raise ItemError(f"{path} holds samples that are not finite (NaN or infinite); leave it out or repair it")
-    return Audio(waveform_CT.clamp_(-1, 1), sample_rate)
+    sound.waveform.clamp_(-1, 1)
+    return sound
 
 
-def _decode(stream: Stream) -> Audio:
-    with soundfile.SoundFile(stream) as file:  # pyright: ignore[reportArgumentType]
-        frames, sample_rate = file.frames, file.samplerate
-        if frames > MOST_SECONDS * sample_rate:
-            seconds = frames / sample_rate
-            raise DamageError(f"lasts {seconds:,.0f} s, and at most {MOST_SECONDS:,} s are read; cut it up")
-        if frames * file.channels > _MOST_SAMPLES:
-            raise DamageError(
-                f"holds {frames * file.channels:,} samples in all channels, and at most {_MOST_SAMPLES:,} are read; "
-                "cut it up"
-            )
-        if file.subtype.startswith("MPEG") and file.format != "MP3":
-            raise DamageError(f"is a {file.format} file with MP3 inside; save it as an MP3 file")
-        samples_TC = file.read(dtype="float32", always_2d=True)
-    if len(samples_TC) < frames:
-        raise DamageError(f"is cut off after {len(samples_TC):,} samples; copy it again or leave it out")
-    return Audio(torch.from_numpy(np.ascontiguousarray(samples_TC.T)), sample_rate)
+def _decode(streams: list[Stream]) -> Audio:
+    """The streams one after the other; nothing is decoded before the length of all is known."""
+    sample_rate = channels = 0
+    lengths = []
+    for stream in streams:
+        with _opened(stream) as file:
+            if not lengths:
+                sample_rate, channels = file.samplerate, file.channels
+            if (file.samplerate, file.channels) != (sample_rate, channels):
+                raise DamageError("changes its sample rate or channels in the middle; cut it up")
+            if file.subtype.startswith("MPEG") and file.format != "MP3":
+                raise DamageError(f"is a {file.format} file with MP3 inside; save it as an MP3 file")
+            lengths.append(file.frames)
+    frames = sum(lengths)
+    if frames > MOST_SECONDS * sample_rate:
+        raise DamageError(f"lasts {frames / sample_rate:,.0f} s, and at most {MOST_SECONDS:,} s are read; cut it up")
+    if frames * channels > _MOST_SAMPLES:
+        raise DamageError(
+            f"holds {frames * channels:,} samples in all channels, and at most {_MOST_SAMPLES:,} are read; cut it up"
+        )
+    waveform_CT, place = torch.empty(channels, frames), 0
+    for stream, length in zip(streams, lengths, strict=True):
+        end = place + length
+        with _opened(stream) as file:
+            while place < end:
+                samples_TC = file.read(min(_BLOCK, end - place), dtype="float32", always_2d=True)
+                if not len(samples_TC):
+                    raise DamageError(f"is cut off after {place:,} samples; copy it again or leave it out")
+                waveform_CT[:, place : place + len(samples_TC)] = torch.from_numpy(samples_TC.T)
+                place += len(samples_TC)
+    return Audio(waveform_CT, sample_rate)
+
+
+def _opened(stream: Stream) -> soundfile.SoundFile:
+    stream.seek(0)
+    return soundfile.SoundFile(stream)  # pyright: ignore[reportArgumentType]
 
 
 def write_sound(sound: Audio, path: Path) -> None:
     """Write a 16-bit WAV, whole or not at all; `ValueError` naming it where that fails."""
     samples_TC, file = sound.waveform.detach().cpu().clamp(-1, 1).T.numpy(), io.BytesIO()
     soundfile.write(file, samples_TC, sound.sample_rate, format="WAV", subtype="PCM_16")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, file.getvalue())
 
 
