@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import warnings
 from dataclasses import asdict
@@ -489,7 +490,7 @@ def test_rate_and_length_of_training_sounds_are_those_of_the_codec(tones):
     ):
         with pytest.raises(ValueError, match=words):
             Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(training, datamodule=data)
-    with pytest.raises(ValueError, match="takes its sample_rate from EncodecTraining"):
+    with pytest.raises(ValueError, match="Pass SoundData together with EncodecTraining"):
         SoundData(str(tones)).train_dataloader()
 
 
@@ -507,8 +508,28 @@ def test_training_names_what_is_missing(tones):
         EncodecTraining("huge", "out")
     with pytest.raises(ValueError, match=r"settings of codec size '16khz': .*'depth'"):
         EncodecTraining("16khz", "out", {"depth": 3})
-    with pytest.raises(ValueError, match="no 'music' in any document"):
+    with pytest.raises(ValueError, match="has no 'music' segment in split 'train'"):
         SoundData(str(tones), 8_000, 1_024, name="music").train_dataloader()
+
+
+def test_segments_that_name_no_file_are_named(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"segments": [{"speech": ["a.wav"]}]}')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: 'speech' must be the path of a file"):
+        SoundData(str(tmp_path), 8_000, 1_024).train_dataloader()
+
+
+def test_a_sound_longer_than_max_seconds_is_refused_before_it_is_encoded(tmp_path):
+    tokenizer = EncodecTokenizer(max_seconds=0.5)
+    assert tokenizer.fingerprint == EncodecTokenizer().fingerprint
+    tokenizer.save(tmp_path)
+    loaded = EncodecTokenizer.load(tmp_path)
+    for one in (tokenizer, loaded):
+        one.encode([Audio(torch.zeros(1, 4_000), 8_000)])
+        with pytest.raises(ItemError, match=r"a sound of 1\.0 s is longer than max_seconds, 0\.5"):
+            one.encode([Audio(torch.zeros(1, 8_000), 8_000)])
+    for wrong in (0, math.inf, "5"):
+        with pytest.raises(ValueError, match="max_seconds must be a finite number above 0"):
+            EncodecTokenizer(max_seconds=wrong)
 
 
 def test_presets_fit_their_names():

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import struct
+import warnings
 import zlib
 from itertools import product
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,13 +31,13 @@ from multidiff.optimizer import MuonAdamW
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError
 from multidiff_vq import VQTokenizer
-from multidiff_vq.data import BatchesBySize
+from multidiff_vq.data import BatchesBySize, PictureData
 from multidiff_vq.folder import read_model, write_model
-from multidiff_vq.pictures import convert
+from multidiff_vq.pictures import convert, read_picture, read_size
 from multidiff_vq.presets import PRESETS
 from multidiff_vq.quantizers import codebook_arguments, fixed_quantizer, quantize
 from multidiff_vq.resize import Resizer
-from multidiff_vq.training import PictureData, VQTraining
+from multidiff_vq.training import VQTraining
 
 MNIST = Path(__file__).parents[1] / "demo" / "data" / "mnist10k.npz"
 CONFIG, WEIGHTS, SETTINGS = "config.json", "diffusion_pytorch_model.safetensors", "vq_tokenizer.json"
@@ -312,8 +313,8 @@ def test_resize_is_saved_and_part_of_the_fingerprint_only_where_it_decides_codes
         ({"height": 16, "width": 16, "resize": "stretch"}, r"resize must be null, crop, pad, fit, not 'stretch'"),
         ({"height": 16, "width": 16, "resize": ["crop"]}, r"resize must be null"),
         ({"height": 16, "width": 16, "depth": 3}, "must hold height and width, and may hold resize; found .*depth"),
-        ({"height": 16, "width": "16"}, "height 16 and width '16' is none"),
-        ({"height": 2**40, "width": 16}, "is too large: it may have 67,108,864 pixels"),
+        ({"height": 16, "width": "16"}, "must have a height and a width .* got height 16 and width '16'"),
+        ({"height": 2**40, "width": 16}, "is too large: it may have at most 67,108,864 pixels"),
     ],
 )
 def test_settings_that_are_none_are_refused_by_file(broken, settings, words):
@@ -625,6 +626,21 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_no_tokenizer(data_folde
     assert list(tmp_path.glob("*.ckpt"))
 
 
+@pytest.mark.parametrize(("quantizer", "warned"), [("vq", True), ("fsq", False), ("lfq", False)])
+def test_a_training_that_ends_before_its_codebook_starts_warns(quantizer, warned, data_folder, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        levels = [4, 4] if quantizer == "fsq" else None
+        run(data_folder, tmp_path, steps=1, quantizer=quantizer, levels=levels, continuous_steps=2)
+    told = [str(one.message) for one in caught if "untrained codebook" in str(one.message)]
+    assert len(told) == warned
+    if warned:
+        place = tmp_path / "tokenizer"
+        assert told[0].startswith(f"The tokenizer in {place} has an untrained codebook")
+        assert "Raise max_steps." in told[0]
+        assert "ckpt_path" not in told[0]
+
+
 @pytest.mark.parametrize("resize", ["crop", "pad", "fit"])
 def test_a_trained_tokenizer_encodes_the_pictures_that_it_was_trained_on_as_it_saw_them(resize, tmp_path):
     sizes, lines = [(40, 21), (16, 16), (90, 12), (40, 22)], []
@@ -654,16 +670,21 @@ def test_batches_by_size_are_of_one_group_on_all_ranks_and_resume():
     both = [BatchesBySize(groups, 4, seed=0, rank=rank, ranks=ranks) for rank in range(ranks)]
     epochs = [[list(batches) for batches in both] for _ in range(2)]
     for epoch, (one, other) in enumerate(epochs):
-        assert len(one) == len(other) == len(both[0]) == 1 + 3
+        assert len(one) == len(other) == len(both[0]) == 1 + 3 + 1
         for mine, theirs in zip(one, other, strict=True):
             assert len(mine) == len(theirs) <= 4
             assert {number for number, _ in [*mine, *theirs]} == {epoch}
             assert sum({index for _, index in [*mine, *theirs]} <= set(group) for group in groups) == 1
         indices = [index for batch in [*one, *other] for _, index in batch]
-        assert len(set(indices)) == len(indices) == 4 + 20
+        assert set(indices) == set(range(27))
+        assert len(indices) == 6 + 22 + 2
     assert [[index for _, index in batch] for batch in epochs[0][0]] != [
         [index for _, index in batch] for batch in epochs[1][0]
     ]
+    with pytest.raises(ValueError, match=r"fewer items \(3\) than there are processes that train \(4\)"):
+        BatchesBySize([[0, 1], [2]], 4, seed=0, rank=0, ranks=4)
+    alone = [next(iter(BatchesBySize([[0], [1], [2]], 4, seed=0, rank=rank, ranks=3))) for rank in range(3)]
+    assert alone[0] == alone[1] == alone[2]  # a picture of a rare shape is trained, on every rank
     started, resumed = (BatchesBySize(groups, 4, 0, 0, ranks) for _ in range(2))
     running = iter(started)
     head = [next(running), next(running)]
@@ -688,7 +709,7 @@ def test_a_preset_alone_decides_size_and_channels(data_folder, tmp_path):
         ("channels", 1): "channels: 1, and preset 'rgb-64' has 3",
         ("height", 32, "width", 32): "height 32 and width 32, and preset 'rgb-64' .* 64 pixels",
         ("height", 20): "preset 'rgb-64': a picture of height 20 .*stride of 8; the nearest that fit: height 16 or 24",
-        ("width", 0): "height 64 and width 0 is none",
+        ("width", 0): "whole numbers of at least 8 pixels, got height 64 and width 0",
     }.items():
         with pytest.raises(ValueError, match=words):
             data(**dict(zip(changes[::2], changes[1::2], strict=True)))
@@ -794,10 +815,40 @@ def test_sizes_have_16_to_1024_codes_of_a_picture(name):
 
 
 def test_training_data_errors_name_the_folder_or_the_file(data_folder, tmp_path):
-    with pytest.raises(ValueError, match="no 'photo' in any document of split train"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl has no 'photo' segment in split 'train'\. Set `name`"):
         PictureData(str(data_folder), name="photo").train_dataloader()
     with pytest.raises(ValueError, match=r"channels must be 1 .* or 3"):
         PictureData(str(data_folder), channels=2)
     (tmp_path / "metadata.jsonl").write_text('{"segments": [{"image": "lost.png"}]}')
     with pytest.raises(ItemError, match=r"lost\.png"):
         next(iter(PictureData(str(tmp_path), channels=1, height=32, width=32).train_dataloader()))
+    (tmp_path / "metadata.jsonl").write_text('{"segments": [{"image": "a.png"}]}\n{"segments": [{"image": 7}]}')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: 'image' must be the path of a file, not 7"):
+        PictureData(str(tmp_path), channels=1, height=32, width=32).train_dataloader()
+    with pytest.raises(ValueError, match="Pass PictureData together with VQTraining"):
+        PictureData(str(data_folder)).train_dataloader()
+
+
+def test_the_size_of_a_file_is_that_of_the_picture_in_it(tmp_path):
+    orientation = Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    turned = set()
+    for name, (format, mode, options) in pictures._kinds().items():
+        original = pictures._picture(mode, Random(0))
+        (tmp_path / name).write_bytes(pictures._written(original, format, {**options, "exif": orientation}))
+        picture, size = read_picture(tmp_path / name), read_size(tmp_path / name)
+        assert size == (picture.height, picture.width), name
+        if format == "TIFF":
+            assert np.array_equal(np.asarray(picture), np.rot90(np.asarray(original), -1)), name
+        turned |= {format} if size == (37, 29) else set()
+    assert turned == {"JPEG", "PNG", "TIFF", "WEBP"}
+
+
+@pytest.mark.parametrize(("most", "kind"), [(65_535, b"P5"), (1_023, b"P5"), (1_023, b"P2")])
+def test_grey_pictures_of_more_than_8_bits_keep_their_shades(most, kind, tmp_path):
+    shades = np.linspace(0, most, 16).astype(np.uint16)
+    content = shades.astype(">u2").tobytes() if kind == b"P5" else b" ".join(b"%d" % shade for shade in shades)
+    (tmp_path / "a.pgm").write_bytes(b"%s\n4 4\n%d\n" % (kind, most) + content)
+    wanted = np.round(shades / most * 65_535).astype(int) >> 8
+    for picture in (read_picture(tmp_path / "a.pgm"), Image.open(tmp_path / "a.pgm")):
+        assert np.array_equal(np.asarray(convert(picture, "L")).flatten(), wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +30,7 @@ STAND_IN_EPOCH = -1
 
 
 class BatchedData(LightningDataModule):
-    """Base of data modules that `ShuffledBatches` serves: whose documents a process gets, and whether it may go on.
+    """Base of data modules that `EpochBatches` serve: whose documents a process gets, and whether it may go on.
 
     Attributes:
         batch_size: documents of a batch, on each device.
@@ -303,41 +304,38 @@ class Documents(torch.utils.data.Dataset):
         return segments
 
 
-class ShuffledBatches(Sampler[list[tuple[int, int]]]):
-    """(epoch, index) of the documents of each batch: shuffled again every epoch, split over ranks, resumable.
-
-    What does not fill a batch on every rank is left to other epochs. Its state is two numbers.
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Base of (epoch, index) of the documents of each batch, in another order every epoch. Its state is two numbers.
 
     Raises:
         ValueError: fewer documents than ranks.
     """
 
-    def __init__(self, documents: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
+    def __init__(self, documents: int, seed: int, rank: int = 0, ranks: int = 1):
         if documents < ranks:
             raise ValueError(
                 f"the training split has fewer items ({documents}) than there are processes that train ({ranks}). Set "
                 f"trainer.devices and num_nodes so that there are at most {documents}."
             )
         self.documents, self.seed, self.rank, self.ranks = documents, seed, rank, ranks
-        self.batch_size = min(batch_size, max(1, documents // ranks))
         self.epoch, self.batch = -1, 0
         self._resumed = False
 
-    def __len__(self) -> int:
-        return self.documents // (self.batch_size * self.ranks)
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def indices(self, generator: torch.Generator) -> list[list[int]]:
+        """The documents of this rank's batches of an epoch; the generator is the same on all ranks."""
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        if self._resumed and self.batch < len(self):
-            self._resumed = False
-        else:
-            self._resumed = False
+        if not (self._resumed and self.batch < len(self)):
             self.epoch, self.batch = self.epoch + 1, 0
-        order = torch.randperm(self.documents, generator=generator_for(self.seed, self.epoch)).tolist()
-        mine = order[self.rank :: self.ranks]
+        self._resumed = False
+        batches = self.indices(generator_for(self.seed, self.epoch))
         while self.batch < len(self):
-            start = self.batch * self.batch_size
             self.batch += 1
-            yield [(self.epoch, index) for index in mine[start : start + self.batch_size]]
+            yield [(self.epoch, index) for index in batches[self.batch - 1]]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}
@@ -345,3 +343,25 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self._resumed = True
+
+
+class ShuffledBatches(EpochBatches):
+    """(epoch, index) of the documents of each batch: shuffled again every epoch, split over ranks, resumable.
+
+    What does not fill a batch on every rank is left to other epochs.
+
+    Raises:
+        ValueError: fewer documents than ranks.
+    """
+
+    def __init__(self, documents: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
+        super().__init__(documents, seed, rank, ranks)
+        self.batch_size = min(batch_size, max(1, documents // ranks))
+
+    def __len__(self) -> int:
+        return self.documents // (self.batch_size * self.ranks)
+
+    def indices(self, generator: torch.Generator) -> list[list[int]]:
+        mine = torch.randperm(self.documents, generator=generator).tolist()[self.rank :: self.ranks]
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        return [mine[start : start + self.batch_size] for start in starts]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import AdamW
@@ -113,7 +113,11 @@ class AutoencoderTraining(LightningModule):
         if self.trainer.is_global_zero:
             self.write_tokenizer()
             rank_zero_info(f"Saved the tokenizer in {self.folder}.")
-            self._tell_of_no_codebook()
+            if not self.started:
+                rank_zero_warn(
+                    f"The tokenizer in {self.folder} has an untrained codebook: the training ended before "
+                    f"continuous_steps ({self.continuous_steps}). Raise max_steps."
+                )
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:

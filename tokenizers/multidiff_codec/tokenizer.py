@@ -5,7 +5,6 @@ Shape suffixes: K levels, t frames, B sounds, T samples.
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -52,9 +51,7 @@ class CodecTokenizer(SoundTokenizer):
                 f"num_codebooks must lie in {self.model.fewest} … {self.model.most}, which {folder / WEIGHTS} holds; "
                 f"got {num_codebooks!r}"
             )
-        if type(max_seconds) not in (int, float) or not 0 < max_seconds < math.inf:
-            raise ValueError(f"max_seconds must be a finite number above 0, not {max_seconds!r}")
-        self.max_seconds = float(max_seconds)
+        self.max_seconds = self._checked_seconds(max_seconds)
         self.sample_rate, self.hop = self.model.model.config.sampling_rate, self.model.hop
         self.codebook_sizes = (self.model.model.config.codebook_size,) * levels
 

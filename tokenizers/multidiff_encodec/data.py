@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from multidiff.data.folder import read_metadata
 from multidiff.data.module import BatchedData, ShuffledBatches
 from multidiff.seeding import generator_for
+from multidiff_autoencoder.data import paths_of
 from multidiff_sound.sound import read_sound, to_mono
 
 
@@ -53,7 +53,7 @@ class SoundData(BatchedData):
         seed: int = 0,
     ):
         super().__init__()
-        self.folder, self.name, self.sample_rate, self.samples = Path(folder), name, sample_rate, samples
+        self.folder, self._name, self.sample_rate, self.samples = Path(folder), name, sample_rate, samples
         self._rate = sample_rate
         self.batch_size, self.quieter, self.num_workers, self.seed = batch_size, quieter, num_workers, seed
 
@@ -78,7 +78,9 @@ class SoundData(BatchedData):
         self._rate = sample_rate
 
     def train_dataloader(self) -> StatefulDataLoader:
-        sounds = _Cuts(self._paths("train"), self._known_rate(), self.samples, self.quieter, self.seed)
+        sounds = _Cuts(
+            paths_of(self.folder, self._name, "train"), self._known_rate(), self.samples, self.quieter, self.seed
+        )
         batches = ShuffledBatches(len(sounds), self.batch_size, self.seed, *self.rank())
         return self._loader(sounds, batches)
 
@@ -89,7 +91,10 @@ class SoundData(BatchedData):
         return self._evaluation("test")
 
     def _evaluation(self, split: str) -> StatefulDataLoader:
-        sounds, (rank, ranks) = _Middles(self._paths(split), self._known_rate(), self.samples), self.rank()
+        sounds, (rank, ranks) = (
+            _Middles(paths_of(self.folder, self._name, split), self._known_rate(), self.samples),
+            self.rank(),
+        )
         keys = [(0, index) for index in range(rank, len(sounds), ranks)] or [(0, 0)]  # or others would wait for it
         batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
         return self._loader(sounds, batches)
@@ -100,17 +105,8 @@ class SoundData(BatchedData):
 
     def _known_rate(self) -> int:
         if self._rate is None:
-            raise ValueError(
-                "SoundData takes its sample_rate from EncodecTraining: give both to the trainer, or set it"
-            )
+            raise ValueError("Pass SoundData together with EncodecTraining, or set sample_rate.")
         return self._rate
-
-    def _paths(self, split: str) -> list[Path]:
-        records = read_metadata(self.folder, [split])
-        values = dict.fromkeys(value for record in records for name, value in record.segments if name == self.name)
-        if not values:
-            raise ValueError(f"{self.folder}/metadata.jsonl: no {self.name!r} in any document of split {split}")
-        return [self.folder / value for value in values]
 
 
 class _Middles(Dataset[Tensor]):

@@ -50,12 +50,18 @@ _NAMES = {
 }
 
 
-def write_codec(model: EncodecModel, config: CodecConfig, folder: Path, half_precision: bool = False) -> None:
-    """Write a codec, in half precision if wanted; each file is whole or absent."""
+def write_codec(
+    model: EncodecModel,
+    config: CodecConfig,
+    folder: Path,
+    half_precision: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a codec, in half precision if wanted, and settings of its tokenizer; each file is whole or absent."""
     tensors = inference_state(model)
     if half_precision:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    write_folder(folder, asdict(config), tensors)
+    write_folder(folder, {**asdict(config), **(settings or {})}, tensors)
 
 
 def inference_state(model: EncodecModel) -> dict[str, Tensor]:
@@ -158,6 +164,7 @@ _RESCALES = "its codes come with continuous scales, which fit no vocabulary; use
 
 def _config_of_ours(settings: dict[str, Any], path: Path) -> CodecConfig:
     known = {field.name for field in fields(CodecConfig)}
+    settings = {name: value for name, value in settings.items() if name != "max_seconds"}  # the tokenizer's own
     if known != settings.keys():
         raise ValueError(
             f"{path} is no codec's configuration: missing {sorted(known - settings.keys())}, "

@@ -16,9 +16,10 @@ from torch import Tensor
 from multidiff_encodec.folder import inference_state, keep_codebooks, read_codec, write_codec
 from multidiff_encodec.model import PRESETS
 from multidiff_sound import SoundTokenizer
-from multidiff_sound.folder import fingerprint_of
+from multidiff_sound.folder import CONFIG, fingerprint_of, read_json
 
 _SHIPPED = Path(__file__).parent / "weights"
+_MOST_SECONDS = 120.0
 
 
 class EncodecTokenizer(SoundTokenizer):
@@ -30,14 +31,17 @@ class EncodecTokenizer(SoundTokenizer):
             transformers' `EncodecModel`, or the file of Meta's 24 kHz checkpoint.
         codebooks: levels to use, from the first; None: all there are. Meta's model has 32 (24 kbit/s) and was trained
             for 2, 4, 8, 16 and 32 of them.
+        max_seconds: longest sound that is encoded; a codec takes a sound as a whole.
 
     Raises:
-        ValueError: the weights are not there, damaged, of a stereo model, or have fewer levels; names the file.
+        ValueError: `max_seconds` is no finite number above 0, or the weights are not there, damaged, of a stereo model,
+            or have fewer levels; names the file.
     """
 
     model: EncodecModel
 
-    def __init__(self, weights: str = "words-8khz", codebooks: int | None = None):
+    def __init__(self, weights: str = "words-8khz", codebooks: int | None = None, max_seconds: float = _MOST_SECONDS):
+        self.max_seconds = self._checked_seconds(max_seconds)
         self.model, config = read_codec(_find(weights))
         self.config = config if codebooks is None else keep_codebooks(self.model, config, codebooks)
         self.sample_rate, self.hop = self.config.sample_rate, self.config.hop
@@ -49,13 +53,15 @@ class EncodecTokenizer(SoundTokenizer):
         return fingerprint_of(asdict(self.config), inference_state(self.model))
 
     def save(self, folder: Path) -> None:
-        """Write the levels in use as a codec's folder."""
-        write_codec(self.model, self.config, Path(folder))
+        """Write the levels in use as a codec's folder, whose configuration also holds `max_seconds`."""
+        write_codec(self.model, self.config, Path(folder), settings={"max_seconds": self.max_seconds})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """The tokenizer that `save` wrote into `folder`."""
-        return cls(str(Path(folder).resolve()))  # absolute: never taken for a shipped codec
+        folder = Path(folder).resolve()  # absolute: never taken for a shipped codec
+        seconds = read_json(folder / CONFIG).get("max_seconds", _MOST_SECONDS)  # version 0.1 wrote none
+        return cls(str(folder), max_seconds=cls._checked_seconds(seconds, f"{folder / CONFIG}: max_seconds"))
 
     def ids_of(self, waves_BT: Tensor) -> Tensor:
         (codes_BKt, _), *_ = self.model.encode(waves_BT[:, None])

@@ -138,6 +138,12 @@ class SoundTokenizer(ModalityTokenizer):
         self.model.to(device)
         return self
 
+    @staticmethod
+    def _checked_seconds(max_seconds: Any, name: str = "max_seconds") -> float:
+        if type(max_seconds) not in (int, float) or not 0 < max_seconds < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, not {max_seconds!r:.80}")
+        return float(max_seconds)
+
     def _check_length(self, seconds: float, what: str) -> None:
         if seconds > self.max_seconds:
             raise ItemError(

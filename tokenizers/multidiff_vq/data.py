@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from multidiff.data.folder import read_metadata
-from multidiff.data.module import BatchedData, ShuffledBatches
-from multidiff.seeding import generator_for
+from multidiff.data.module import BatchedData, EpochBatches, ShuffledBatches
 from multidiff.tokenizer import ItemError
-from multidiff_vq.pictures import MODES, convert, naming, read_picture, read_size, to_pixels
+from multidiff_autoencoder.data import paths_of
+from multidiff_vq.pictures import MODES, convert, naming_picture, read_picture, read_size, to_pixels
 from multidiff_vq.resize import Resize, Resizer, misfit
 
 
@@ -55,7 +53,7 @@ class PictureData(BatchedData):
         super().__init__()
         if channels not in (None, *MODES):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
-        self.folder, self.name, self.channels = Path(folder), name, channels
+        self.folder, self._name, self.channels = Path(folder), name, channels
         self.height, self.width = height, width
         self.resize: Resize | None = resize
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
@@ -99,7 +97,7 @@ class PictureData(BatchedData):
     @property
     def _suit(self) -> tuple[str, Resizer]:
         if self._suited is None:
-            raise ValueError("PictureData takes what is not set from VQTraining: give both to the trainer")
+            raise ValueError("Pass PictureData together with VQTraining, or set channels, height and width.")
         return self._suited
 
     def train_dataloader(self) -> StatefulDataLoader:
@@ -129,11 +127,7 @@ class PictureData(BatchedData):
         return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
 
     def _pictures(self, split: str) -> _Pictures:
-        records = read_metadata(self.folder, [split])
-        values = dict.fromkeys(value for record in records for name, value in record.segments if name == self.name)
-        if not values:
-            raise ValueError(f"{self.folder}/metadata.jsonl: no {self.name!r} in any document of split {split}")
-        return _Pictures([self.folder / value for value in values], *self._suit)
+        return _Pictures(paths_of(self.folder, self._name, split), *self._suit)
 
 
 class _Pictures(Dataset[Tensor]):
@@ -146,7 +140,7 @@ class _Pictures(Dataset[Tensor]):
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         path = self.paths[key[1]]  # the epoch makes no difference here
         picture = read_picture(path)
-        with naming(path):
+        with naming_picture(path):
             resized = self.resizer(convert(picture, self.mode))
             if self.resizer.resize is None and (resized.height, resized.width) != (
                 self.resizer.height,
@@ -164,43 +158,33 @@ class _Pictures(Dataset[Tensor]):
         groups: dict[tuple[int, int], list[int]] = {}
         for index, path in enumerate(self.paths):
             height, width = read_size(path)
-            with naming(path):
+            with naming_picture(path):
                 groups.setdefault(self.resizer.size_of(height, width), []).append(index)
         return list(groups.values())
 
 
-class BatchesBySize(Sampler[list[tuple[int, int]]]):
+class BatchesBySize(EpochBatches):
     """(epoch, index) of each batch: as `ShuffledBatches`, but each is of one group, on all ranks of the same.
 
-    What does not fill a batch of its group makes a smaller one; fewer pictures than ranks are left to other epochs.
+    Every picture comes in every epoch. What does not fill a batch of its group makes a smaller one; where a group
+    cannot be shared out evenly, the last ranks repeat some of its pictures.
     """
 
     def __init__(self, groups: list[list[int]], batch_size: int, seed: int, rank: int, ranks: int):
-        self.groups, self.batch_size, self.seed, self.rank, self.ranks = groups, batch_size, seed, rank, ranks
-        self.epoch, self.batch = -1, 0
-        self._resumed = False
+        super().__init__(sum(map(len, groups)), seed, rank, ranks)
+        self.groups, self.batch_size = groups, batch_size
 
     def __len__(self) -> int:
-        return sum(-(-(len(group) // self.ranks) // self.batch_size) for group in self.groups)
+        return sum(-(-self._share(group) // self.batch_size) for group in self.groups)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        if not (self._resumed and self.batch < len(self)):
-            self.epoch, self.batch = self.epoch + 1, 0
-        self._resumed = False
-        generator, batches = generator_for(self.seed, self.epoch), []
+    def indices(self, generator: torch.Generator) -> list[list[int]]:
+        batches = []
         for group in self.groups:
-            each = len(group) // self.ranks
-            order = torch.randperm(len(group), generator=generator).tolist()[self.rank * each : (self.rank + 1) * each]
-            keys = [(self.epoch, group[place]) for place in order]
-            batches += [keys[start : start + self.batch_size] for start in range(0, each, self.batch_size)]
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        while self.batch < len(self):
-            self.batch += 1
-            yield batches[shuffled[self.batch - 1]]
+            order, each = torch.randperm(len(group), generator=generator).tolist(), self._share(group)
+            mine = [group[order[place % len(group)]] for place in range(self.rank * each, (self.rank + 1) * each)]
+            batches += [mine[start : start + self.batch_size] for start in range(0, each, self.batch_size)]
+        return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batch": self.batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        self._resumed = True
+    def _share(self, group: list[int]) -> int:
+        """Pictures of a group that each rank gets."""
+        return -(-len(group) // self.ranks)

@@ -61,7 +61,6 @@ def read_model(folder: Path) -> VQModel:
 
 def write_model(model: VQModel, folder: Path, half_precision: bool = False) -> None:
     """Write `model` as diffusers does, in half precision if wanted; each file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half_precision:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}

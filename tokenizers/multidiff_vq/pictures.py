@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from multidiff.files import check_file, write_bytes
@@ -34,8 +34,8 @@ def read_picture(path: Path) -> Image.Image:
     """
     with _opened(path) as picture:
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
-    with naming(path):
+        upright = ImageOps.exif_transpose(_in_16_bits(picture))
+    with naming_picture(path):
         _check_mode(upright)
     return upright
 
@@ -47,13 +47,14 @@ def read_size(path: Path) -> tuple[int, int]:
         ItemError: as `read_picture`, except that what follows may be damaged.
     """
     with _opened(path) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # Pillow turns TIFF files itself.
+        turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         width, height = picture.size
         return (width, height) if turned else (height, width)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_picture(path: Path) -> Iterator[None]:
     """Put the name of its file into what is said of a picture."""
     try:
         yield
@@ -68,7 +69,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except ValueError as error:
         raise ItemError(f"{error}; a relative path counts from the folder of metadata.jsonl") from None
     try:
-        with Image.open(path, formats=_formats()) as picture:
+        # Not from its path: Pillow would map the file into memory, and garble TIFF files that it turns.
+        with path.open("rb") as file, Image.open(file, formats=_formats()) as picture:
             if picture.width * picture.height > MOST_PIXELS:  # known before anything is unpacked
                 raise ItemError(
                     f"{path} has {picture.width:,} × {picture.height:,} pixels, and at most {MOST_PIXELS:,} are read; "
@@ -79,6 +81,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit is higher
         raise ItemError(f"{path} has more than the {MOST_PIXELS:,} pixels that are read; scale it down") from None
+    except UnidentifiedImageError:
+        raise ItemError(
+            f"{path} is not a readable picture (of no format that is known); replace the file or drop its line"
+        ) from None
     except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ItemError(f"{path} is not a readable picture ({reason}); replace the file or drop its line") from error
@@ -110,6 +116,7 @@ def convert(picture: Any, mode: str) -> Image.Image:
     """
     if not isinstance(picture, Image.Image):
         raise ItemError(f"expected a PIL.Image, not {type(picture).__name__}: {str(picture)[:40]!r}")
+    picture = _in_16_bits(picture)
     _check_mode(picture)
     if picture.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255 to white
         deep = np.asarray(picture)
@@ -122,6 +129,13 @@ def convert(picture: Any, mode: str) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _in_16_bits(picture: Image.Image) -> Image.Image:
+    """A PGM file of more than 8 bits, which Pillow scales to 16 bits and keeps in 32, as what it is."""
+    if picture.format != "PPM" or picture.mode != "I":
+        return picture
+    return Image.fromarray(np.asarray(picture).astype(np.uint16))
 
 
 def _check_mode(picture: Image.Image) -> None:

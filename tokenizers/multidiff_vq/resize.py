@@ -99,9 +99,12 @@ def misfit(height: Any, width: Any, stride: int, advice: str = "") -> str | None
         advice: what else can be done about a size that does not fit.
     """
     if any(type(side) is not int or side < 1 for side in (height, width)):
-        return f"of height {height!r:.80} and width {width!r:.80} is none: both are whole pixels, at least {stride}"
+        return (
+            f"must have a height and a width that are whole numbers of at least {stride} pixels, got height "
+            f"{height!r:.80} and width {width!r:.80}"
+        )
     if height * width > MOST_PIXELS:
-        return f"of height {height:,} and width {width:,} is too large: it may have {MOST_PIXELS:,} pixels"
+        return f"of height {height:,} and width {width:,} is too large: it may have at most {MOST_PIXELS:,} pixels"
     if height % stride == 0 and width % stride == 0:
         return None
     tall, wide = (
@@ -121,7 +124,5 @@ def _grids(most: int) -> list[tuple[int, int]]:
     flat = {(rows, most // rows) for rows in range(1, math.isqrt(most) + 1)}
     grids = flat | {(columns, rows) for rows, columns in flat}
     return sorted(
-        (rows, columns)
-        for rows, columns in grids
-        if (rows + 1) * columns > most and max(rows, columns) <= LARGEST_RATIO * min(rows, columns)
+        (rows, columns) for rows, columns in grids if max(rows, columns) <= LARGEST_RATIO * min(rows, columns)
     )

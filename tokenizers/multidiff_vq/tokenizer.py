@@ -29,7 +29,7 @@ from multidiff_vq.pictures import (
     convert,
     from_pixels,
     from_signal,
-    naming,
+    naming_picture,
     read_picture,
     to_pixels,
     to_signal,
@@ -158,7 +158,7 @@ class VQTokenizer(ModalityTokenizer):
             raise ItemError(f"a picture is named by the path of its file, not by {value!r}")
         path = Path(folder) / value
         picture = read_picture(path)
-        with naming(path):
+        with naming_picture(path):
             self.resizer.size_of(picture.height, picture.width)
         return picture
 

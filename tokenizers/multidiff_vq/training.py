@@ -39,8 +39,6 @@ from multidiff_vq.quantizers import Quantizer, codebook_arguments, fixed_quantiz
 from multidiff_vq.resize import Resizer
 from multidiff_vq.tokenizer import write_settings
 
-__all__ = ["PictureData", "VQTraining"]
-
 _SHIFTS, _CODES = 0, 1  # what a generator is for
 
 
@@ -128,7 +126,7 @@ class VQTraining(AutoencoderTraining):
 
     @property
     def started(self) -> bool:
-        return self.codebook.started
+        return self.fixed is not None or self.codebook.started
 
     @property
     def stride(self) -> int:
