@@ -19,7 +19,7 @@ from multidiff_encodec.data import SoundData
 from multidiff_sound import containers, flac
 from multidiff_sound.folder import read_weights
 from multidiff_sound.resampling import resample
-from multidiff_sound.sound import read_sound, write_sound
+from multidiff_sound.sound import read_sound, to_mono, write_sound
 
 RATE = 16_000
 
@@ -374,3 +374,25 @@ def test_damaged_sounds_are_read_or_named(tmp_path):
     state = sounds.prepare(tmp_path, Random(0))
     outcomes = [sounds.attempt(state, number, Random(number)) for number in range(52)]
     assert set(outcomes) == {"read", "refused"}
+
+
+@pytest.mark.parametrize(
+    ("waveform", "rate", "words"),
+    [
+        (torch.zeros(1, 8), 8_000.0, r"whole number of Hz above 0, not 8000\.0"),
+        (torch.zeros(1, 8), 0, "whole number of Hz above 0"),
+        (torch.zeros(1, 8, dtype=torch.int16), 8_000, "floating-point numbers .* not torch.int16"),
+        (np.zeros((1, 8)), 8_000, "must be an Audio"),
+    ],
+)
+def test_what_is_no_sound_is_refused(waveform, rate, words):
+    with pytest.raises(ItemError, match=words):
+        to_mono(Audio(waveform, rate), RATE)
+
+
+def test_resampling_says_what_it_takes():
+    for samples in (torch.zeros(2, 8), torch.zeros(0), torch.zeros(8).double(), torch.zeros(8, device="meta")):
+        with pytest.raises(ValueError, match="resample takes float32 samples"):
+            resample(samples, 8_000, 16_000)
+    with pytest.raises(ValueError, match="at least 1 Hz"):
+        resample(torch.zeros(8), 0, 16_000)

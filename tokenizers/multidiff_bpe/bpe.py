@@ -154,7 +154,6 @@ class BPETokenizer(ModalityTokenizer):
         return self._pieces.fingerprint
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         files.write_bytes(folder / FILE, self._pieces.content.encode())
 
     @classmethod
@@ -188,11 +187,7 @@ def _read(path: Path) -> Pieces:
         raise ValueError(f"{path} is a folder; name the {FILE} in it")
     if not os.path.lexists(path):
         raise ValueError(f"{path} does not exist; train a tokenizer with `python -m multidiff_bpe`")
-    try:
-        content = files.read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged or no {FILE} of Hugging Face's: {error}") from None
-    return Pieces(content, str(path))
+    return Pieces(files.read_text(path), str(path))
 
 
 def valid(text: Any) -> str:

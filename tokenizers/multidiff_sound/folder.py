@@ -36,8 +36,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def write_folder(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a codec; each file is whole or absent. `ValueError` naming the file that cannot be written."""
-    with files.naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     # transformers opens no file that does not say its format
     files.write_bytes(folder / WEIGHTS, save(dict(tensors), metadata={"format": "pt"}))
     files.write_json(folder / CONFIG, settings)

@@ -38,7 +38,30 @@ _MOST_STEPS = 16  # inputs an output, in one go
 
 
 def resample(waveform_T: Tensor, source: int, target: int) -> Tensor:
-    """Samples at `source` Hz to ⌈T · target / source⌉ samples at `target` Hz."""
+    """Samples at `source` Hz to ⌈T · target / source⌉ samples at `target` Hz.
+
+    Args:
+        waveform_T: float32 [T] on the CPU, T at least 1; its values may be anything finite.
+        source, target: whole numbers of Hz, at least 1.
+
+    Returns:
+        float32 [⌈T · target / source⌉] on the CPU.
+
+    Raises:
+        ValueError: another shape, dtype or device, no samples, or a rate below 1.
+    """
+    if (
+        waveform_T.ndim != 1
+        or len(waveform_T) == 0
+        or waveform_T.dtype != torch.float32
+        or waveform_T.device.type != "cpu"
+    ):
+        raise ValueError(
+            "resample takes float32 samples [T] on the CPU, T at least 1, not "
+            f"{waveform_T.dtype} {list(waveform_T.shape)} on {waveform_T.device}"
+        )
+    if min(source, target) < 1:
+        raise ValueError(f"sample rates must be at least 1 Hz, got {source} and {target}")
     divisor = math.gcd(source, target)
     source, target = source // divisor, target // divisor
     if target * (source + 2 * _HALF * max(1, source / target)) <= _MOST_WEIGHTS:

@@ -104,10 +104,20 @@ def to_mono(sound: Audio, sample_rate: int) -> Tensor:
     """Samples at `sample_rate`, channels averaged, float32 [T].
 
     Raises:
-        ItemError: no `Audio`, no samples, or a sample that is no finite number.
+        ItemError: no `Audio` of floating-point samples and a whole number of Hz, no samples, or a sample that is no
+            finite number.
     """
-    if not isinstance(sound, Audio) or sound.waveform.ndim != 2 or sound.sample_rate <= 0:
-        raise ItemError(f"a sound is an Audio with waveform [channels, samples] and a rate in Hz, not {sound!r:.80}")
+    if not isinstance(sound, Audio) or not isinstance(sound.waveform, Tensor) or sound.waveform.ndim != 2:
+        raise ItemError(f"a sound must be an Audio with waveform [channels, samples], not {sound!r:.80}")
+    if not sound.waveform.is_floating_point():
+        raise ItemError(
+            f"the waveform of a sound must hold floating-point numbers in [-1, 1], not {sound.waveform.dtype}; divide "
+            "16-bit samples by 32768"
+        )
+    if type(sound.sample_rate) is not int or sound.sample_rate < 1:
+        raise ItemError(
+            f"the sample rate of a sound must be a whole number of Hz above 0, not {sound.sample_rate!r:.80}"
+        )
     if sound.waveform.numel() == 0:
         raise ItemError("a sound of no samples cannot be tokenized; leave it out")
     waveform_T = sound.waveform.detach().cpu().float().mean(0)
