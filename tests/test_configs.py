@@ -71,6 +71,7 @@ def test_parses(path, capsys):
     assert "class_path" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The tokenizer in .* has an untrained codebook")  # after a step or two
 @pytest.mark.parametrize("path", [*CONFIGS, TEMPLATE], ids=lambda path: path.stem)
 def test_is_interrupted_and_goes_on(path, data, series, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -97,6 +98,7 @@ def test_is_interrupted_and_goes_on(path, data, series, tmp_path, monkeypatch, c
             assert metric in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The tokenizer in .* has an untrained codebook")  # after a step or two
 def test_a_preset_alone_decides_what_is_trained(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = str(ROOT / "configs" / "tokenizers" / "vq_openmoji.yaml")
