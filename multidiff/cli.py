@@ -141,8 +141,8 @@ def _train(arguments: list[str]) -> None:
 
 
 def stop(error: BaseException) -> NoReturn:
-    """End with a sentence where multidiff, a plugin or Lightning says what is wrong, and where the system refuses: a
-    full disk, a folder that is not writable. With the traceback elsewhere.
+    """End with a sentence where multidiff, an installed plugin or Lightning says what is wrong, for every `ItemError`,
+    and where the system refuses: a full disk, a folder that is not writable. With the traceback elsewhere.
 
     What a constructor says reaches the command line wrapped in the argument parser's own errors.
     """
@@ -155,12 +155,17 @@ def stop(error: BaseException) -> NoReturn:
         sys.exit(1)
     if isinstance(error, OSError) and error.strerror:
         sys.exit(f"multidiff: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+    from multidiff import plugins
+    from multidiff.tokenizer import ItemError
+
+    packages = {"multidiff", "lightning", *plugins.packages()}
     link: BaseException | None = error
     while link is not None:
         place = link.__traceback__
         while place is not None and place.tb_next is not None:
             place = place.tb_next
-        if place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith(("multidiff", "lightning.")):
+        package = str(place.tb_frame.f_globals.get("__name__")).split(".")[0] if place is not None else ""
+        if isinstance(link, ItemError) or package in packages or package.startswith("multidiff_"):
             sys.exit(f"multidiff: {link}")
         link = link.__cause__ or link.__context__
     raise error

@@ -45,6 +45,11 @@ def names() -> set[str]:
     return {point.name for point in entry_points(group=GROUP)}
 
 
+def packages() -> set[str]:
+    """Top-level packages that plugins are in, nothing imported."""
+    return {point.module.split(".")[0] for point in entry_points(group=GROUP)}
+
+
 def survey() -> list[Report]:
     """Every installed plugin, each imported by itself: one that cannot be used is reported and stops no other.
 

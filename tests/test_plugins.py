@@ -1,6 +1,7 @@
 """Finding plugins by entry point, and the conformance suite against tokenizers that break one promise each."""
 
 import hashlib
+import importlib
 import json
 import random
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multidiff import plugins
+from multidiff import cli, plugins
 from multidiff.cli import main
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
@@ -625,6 +626,22 @@ def test_first_party_tokenizers_come_through_the_same_door():
     assert list(found) == sorted(found)
     assert found["bpe"].value == "multidiff_bpe:BPETokenizer"
     assert plugins.load("bpe").modality == "text"
+
+
+def test_what_a_plugin_refuses_is_a_sentence_without_a_traceback(install, monkeypatch):
+    install("refusing", {"walks": "tide:Walks"}, "tide", "def refuse(error):\n    raise error\n")
+    refuse = importlib.import_module("tide").refuse
+
+    def here(error):
+        raise error
+
+    for raises, error in ((refuse, ValueError("too steep")), (here, ItemError("too steep"))):
+        monkeypatch.setattr(cli, "_print_plugins", lambda raises=raises, error=error: raises(error))
+        with pytest.raises(SystemExit, match=r"^multidiff: too steep$"):
+            main(["plugins"])
+    monkeypatch.setattr(cli, "_print_plugins", lambda: here(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        main(["plugins"])
 
 
 def test_an_installed_plugin_is_found_built_and_named(walks, tmp_path):
