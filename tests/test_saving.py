@@ -5,11 +5,19 @@ import math
 import os
 import threading
 from random import Random
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from fuzz import checkpoints, models
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from toys import generator
 
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary, saving
@@ -228,16 +236,42 @@ def test_a_repository_of_the_hub_is_fetched_only_by_name(folder, monkeypatch):
     (folder.parent / "user").mkdir()
     folder.rename("user/model")
     MultiDiffPipeline.from_pretrained("user/model")
+    for mistyped in ("user/modle", "runs/last.ckpt"):
+        with pytest.raises(ValueError, match=f"{mistyped} does not exist or cannot be read"):
+            MultiDiffPipeline.from_pretrained(mistyped)
     assert len(asked) == 1
 
 
-def test_a_repository_that_cannot_be_reached_is_a_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"user/model is no folder here, and could not be fetched .* disabled"
-    ) as caught:
-        MultiDiffPipeline.from_pretrained("user/model", cache_dir=tmp_path)
+ANSWER = SimpleNamespace(headers={}, request=None)
+UNREACHED = {
+    "is a gated repository .* Request access at https://huggingface.co/user/model, then": GatedRepoError(
+        "403 Client Error.\n\nCannot access gated repo.", response=ANSWER
+    ),
+    "has no such repository, or it is private. Check the name": RepositoryNotFoundError("404", response=ANSWER),
+    "has no revision 'v9' .* Give the name of a branch": RevisionNotFoundError("404", response=ANSWER),
+    "is not in the cache, and .* Unset HF_HUB_OFFLINE": OfflineModeIsEnabled("offline"),
+    r"could not be downloaded .*\(500 Error. Come back later.\)": HfHubHTTPError(
+        "500 Error.\n\nCome back later.\n", response=ANSWER
+    ),
+    r"could not be downloaded .*\(TimeoutError\)": TimeoutError(),
+}
+
+
+@pytest.mark.parametrize("message", UNREACHED)
+def test_what_the_hub_refuses_is_a_sentence_and_what_to_do(message, monkeypatch):
+    def download(name, **options):
+        raise UNREACHED[message]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=f"user/model.*{message}") as caught:
+        MultiDiffPipeline.from_pretrained("user/model", revision="v9")
     assert "\n" not in str(caught.value)
+
+
+def test_offline_mode_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"user/model is not a local folder, .* Unset HF_HUB_OFFLINE"):
+        MultiDiffPipeline.from_pretrained("user/model", cache_dir=tmp_path)
 
 
 def test_a_module_becomes_a_pipeline(tmp_path):
