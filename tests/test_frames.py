@@ -159,6 +159,18 @@ def test_frames_are_drawn_from_the_joint_distribution(sampler, steps):
     assert same(drawn_RN, JOINT) > 1e-3
 
 
+@pytest.mark.parametrize("draw", ["inverse", "gumbel"])
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.9}, {"typical_p": 0.99}, {}])
+def test_what_follows_is_truncated_without_the_stop(draw, options):
+    """With the stop in the set, the first of these would keep token 0 and the stop alone."""
+    p_NV = torch.tensor([[0.5, 0.5, 0.0], [0.3, 0.2, 0.5]], dtype=torch.float64).clamp_min(1e-300)
+    for more, steps in (({"block_size": "level"}, 2), ({}, 1)):
+        sampler = MaskSampler(order="random", count="linear", draw=draw, **options, **more)
+        drawn_RN, _ = drive(sampler, p_NV, steps, 20_000, seed=steps)
+        assert bool((drawn_RN < 2).all())
+        assert float((drawn_RN[:, 1] == 0).double().mean()) == pytest.approx(0.6, abs=0.015)
+
+
 def test_the_joint_distribution_is_told_from_others():
     drawn_RN, _ = drive(MaskSampler(order="random", count="linear"), CONSISTENT, 1, 4000)
     other = {tokens: 0.65 / 0.7 * p if 2 not in tokens else 0.35 for tokens, p in JOINT.items()}

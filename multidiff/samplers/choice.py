@@ -31,13 +31,22 @@ class Choice:
     def follow(self, row_U: Tensor, stop_U: Tensor, logits_MV: Tensor, uniform_U: Tensor, **truncation: Any) -> None:
         """Prepare for positions U, which may have to be content because another of their frame is.
 
-        A token that is no stop stays, else another is drawn from what is left without it: together these follow the
-        distribution without the stop. `uniform_U` is independent of the first draw, or of shape UV as there: the
-        second largest of a Gumbel draw does not depend on which is the largest.
+        Their tokens follow the distribution without the stop, truncated after the stop is taken out, as when codes are
+        decided one by one. Without truncation, a first draw that is not the stop follows it already and stays; the
+        others are drawn again. With truncation, the first draw chose from another set, so all are drawn again.
+
+        Args:
+            row_U: rows of `logits_MV`.
+            stop_U: local id of the stop.
+            logits_MV, truncation: as `choose` took them.
+            uniform_U: independent of the first draw, or of shape UV and the same as there: the second largest of a
+                Gumbel draw does not depend on which is the largest.
         """
         logits_UV = logits_MV[row_U].scatter(1, stop_U[:, None], -torch.inf)
         other = choose(logits_UV, uniform_U, **truncation)
-        token_U = torch.where(self.token_M[row_U] == stop_U, other.token_M, self.token_M[row_U])
+        token_U = other.token_M
+        if truncation.get("top_k") is None and truncation.get("top_p", 1) == truncation.get("typical_p", 1) == 1:
+            token_U = torch.where(self.token_M[row_U] == stop_U, token_U, self.token_M[row_U])
         log_p_U = other._log_p_MV.gather(-1, token_U[:, None]).squeeze(-1)
         self.content_M = self.content_M.index_put((row_U,), token_U)
         self.content_log_p_M = self.content_log_p_M.index_put((row_U,), log_p_U)
