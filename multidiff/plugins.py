@@ -116,9 +116,13 @@ def _class_of(point: EntryPoint) -> type[ModalityTokenizer]:
 def name_of(tokenizer: ModalityTokenizer) -> str:
     """The plugin name under which `tokenizer`'s class is installed; `ValueError` when it has none."""
     package = type(tokenizer).__module__.split(".")[0]
-    for name, point in installed().items():
-        if point.module.split(".")[0] == package and load(name) is type(tokenizer):
-            return name
+    # Those of its own package first: another package may export the class as well, but takes time to import.
+    for name, point in sorted(installed().items(), key=lambda pair: pair[1].module.split(".")[0] != package):
+        try:
+            if _class_of(point) is type(tokenizer):
+                return name
+        except (ImportError, ValueError):  # of another plugin; `multidiff plugins` reports it
+            continue
     raise ValueError(
         f"{type(tokenizer).__name__} is not installed as a plugin, so a saved model could not be loaded again; "
         f"give it an entry point in group {GROUP!r}"

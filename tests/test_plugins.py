@@ -628,6 +628,12 @@ def test_first_party_tokenizers_come_through_the_same_door():
     assert plugins.load("bpe").modality == "text"
 
 
+def test_a_class_that_a_plugin_exports_from_another_package_has_a_name(install):
+    install("lending", {"lent": "lender:Lent"}, "lender", "from owner import Lent\n")
+    install("broken", {"broken": "no_such_module:Lent"}, "owner", SUBCLASS.replace("Walks", "Lent"))
+    assert plugins.name_of(plugins.load("lent")()) == "lent"
+
+
 def test_what_a_plugin_refuses_is_a_sentence_without_a_traceback(install, monkeypatch):
     install("refusing", {"walks": "tide:Walks"}, "tide", "def refuse(error):\n    raise error\n")
     refuse = importlib.import_module("tide").refuse
