@@ -49,6 +49,11 @@ def load_checkpoint(path: Path) -> Parts:
     prefix = "transformer."
     weights = {str(name)[len(prefix) :]: weight for name, weight in weights.items() if str(name).startswith(prefix)}
     transformer = restore_transformer({**config, "vocabulary_rows": vocabulary.rows}, str(path), weights, str(path))
+    files.check_finite(transformer.state_dict(), str(path))
+    # The file is mapped, and what it holds changes with it.
+    transformer.load_state_dict(
+        {name: weight.clone() for name, weight in transformer.state_dict().items()}, assign=True
+    )
     seen = None if documents is None else SeenDocuments.from_dict(documents, str(path))
     return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path)), seen
 

@@ -320,8 +320,7 @@ class MultiDiffPipeline(DiffusionPipeline):
             return
         said: dict[str, None] = {}
         for document in documents:
-            parts = [(part.tokenizer, None if bool(part.known_N.all()) else part.size) for part in document]
-            said |= dict.fromkeys(self.seen.remarks(parts))
+            said |= dict.fromkeys(self.seen.remarks([(part.tokenizer, part.size) for part in document]))
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=4)
 
@@ -481,7 +480,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         try:
             return cls(*parts).to(device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device} cannot be used ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"device {device} cannot be used ({saving.first_line(error)})") from error
 
 
 def _check_nesting(documents: Any) -> None:
@@ -501,13 +500,14 @@ def _check_nesting(documents: Any) -> None:
 
 @contextmanager
 def _evaluating(transformer: MaskedDiffusionTransformer) -> Iterator[None]:
-    """Dropout is off inside; a training that goes on has it as before."""
-    training = transformer.training
+    """Dropout is off inside; a training that goes on has each module in the mode that it was in."""
+    modes = {module: module.training for module in transformer.modules()}
     transformer.eval()
     try:
         yield
     finally:
-        transformer.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _by_segment(values_P: Tensor, batch: TokenBatch) -> list[Tensor]:

@@ -41,7 +41,8 @@ _FILES = {
     *("model_index.json", "transformer", "vocabulary.json", "tokenizers", "samplers.json", "README.md"),
     *("documents.json", "training.json"),
 }
-PATTERNS = [*sorted(_FILES), "transformer/*", "tokenizers/*"]  # what a download of a model takes
+_FOLDERS = {"transformer", "tokenizers"}
+PATTERNS = sorted(_FILES - _FOLDERS | {f"{name}/*" for name in _FOLDERS})  # what a download of a model takes
 _INDEX = {
     "_class_name": "MultiDiffPipeline",
     "transformer": ["multidiff.transformer", "MaskedDiffusionTransformer"],
@@ -53,8 +54,8 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
     """Write `pipeline` beside `folder`, then put it in its place; whoever loads it finds the earlier or the new model.
 
     Raises:
-        ValueError: a tokenizer is no installed plugin, a sampler is of a class that loading does not know, `folder`
-            holds something that is no model, or it cannot be written.
+        ValueError: a tokenizer is no installed plugin, a sampler is not a plain `MaskSampler`, `folder` contains
+            something that is no model, or it cannot be written.
     """
     for tokenizer in pipeline.tokenizers.values():
         plugins.name_of(tokenizer)
@@ -62,7 +63,9 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
     with files.naming(folder):
         found = {path.name for path in folder.iterdir()} if os.path.lexists(folder) else set()
     if foreign := found - _FILES:
-        raise ValueError(f"{folder} holds {min(foreign)}, which is no part of a multidiff model; choose another folder")
+        raise ValueError(
+            f"{folder} contains {min(foreign)}, which is not part of a multidiff model. Choose another folder."
+        )
     if "model_index.json" in found:
         _check_index(folder)
     with files.whole_folder(folder) as beside, files.naming(folder):
@@ -79,10 +82,11 @@ def save(pipeline: MultiDiffPipeline, folder: Path, max_shard_size: int | str) -
 
 
 def _settings(name: str, sampler: MaskSampler) -> dict[str, Any]:
-    if type(sampler) not in (MaskSampler, SchedulerSampler):
+    if type(sampler) is not MaskSampler:
+        kind = type(sampler.scheduler if isinstance(sampler, SchedulerSampler) else sampler).__name__
         raise ValueError(
-            f"the sampler of {name!r} is a {type(sampler).__name__}, which would be loaded as a plain MaskSampler; set "
-            f"pipe.samplers[{name!r}] to a MaskSampler before saving"
+            f"The sampler of {name!r} is of the class {kind}, which a saved model cannot hold: set "
+            f"pipe.samplers[{name!r}] = MaskSampler() before saving."
         )
     return sampler.settings
 
@@ -168,7 +172,9 @@ def load_tokenizer(tokenizer_class: type[ModalityTokenizer], place: Path) -> Mod
         raise
     except Exception as error:
         said = first_line(error)
-        raise ValueError(said if str(place) in said else f"{place} holds no tokenizer ({said})") from error
+        raise ValueError(
+            said if str(place) in said else f"The tokenizer in {place} cannot be loaded: {said}"
+        ) from error
 
 
 def _check_index(folder: Path) -> None:
@@ -176,7 +182,8 @@ def _check_index(folder: Path) -> None:
     for key, value in _INDEX.items():
         if index.get(key) != value:
             raise ValueError(
-                f"{folder / 'model_index.json'}: {key} is {index.get(key)!r}, not {value!r}; no multidiff model"
+                f"{folder / 'model_index.json'}: {key} is {index.get(key)!r}, not {value!r}. This folder does not "
+                "contain a multidiff model."
             )
 
 
@@ -244,18 +251,20 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def restore_transformer(
     config: Mapping[str, Any], config_where: str, weights: Mapping[str, Any], where: str
 ) -> MaskedDiffusionTransformer:
-    """The transformer of `config` with exactly these weights, for inference; what `config` asks for is compared with
-    what there is before any of it is allocated.
+    """The transformer of `config` with exactly these weights, not copies of them, for inference; what `config` asks for
+    is compared with what there is before any of it is allocated.
 
     Raises:
-        ValueError: names, shapes or number formats that do not fit, or numbers that are not finite; names the file.
+        ValueError: names, shapes or number formats that do not fit; names the file.
     """
     layers = {name.split(".")[1] for name in weights if str(name).startswith("blocks.")}
     if _whole(number := config.get("num_layers", 1)) and number > len(layers):
         raise ValueError(f"{config_where}: num_layers is {number}, but the weights have {len(layers)} layers")
     # Even on the meta device some tables are made, as long as `hidden_size` says.
     embedding, size = weights.get("embed.weight"), config.get("hidden_size")
-    if isinstance(embedding, Tensor) and embedding.ndim == 2 and _whole(size) and size != embedding.shape[1]:
+    if not isinstance(embedding, Tensor) or embedding.ndim != 2:
+        raise ValueError(f"{where} lacks the matrix embed.weight; the file is incomplete or damaged")
+    if _whole(size) and size != embedding.shape[1]:
         raise ValueError(f"{config_where}: hidden_size is {size}, but the weights have {embedding.shape[1]}")
     with torch.device("meta"):
         transformer = build_transformer(config, config_where)
@@ -276,10 +285,8 @@ def restore_transformer(
     formats = {weight.dtype for weight in weights.values()}
     if len(formats) != 1 or not formats <= set(FLOATS):
         said = ", ".join(sorted(map(str, formats)))
-        raise ValueError(f"{where} has the number formats {said}, where multidiff writes one kind of float")
-    files.check_finite(weights, where)
-    # Cloned: a checkpoint is mapped, and changes with the file.
-    transformer.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+        raise ValueError(f"{where}: All tensors must share one floating-point format. Found {said}.")
+    transformer.load_state_dict(weights, assign=True)
     return transformer.eval()
 
 
@@ -307,7 +314,8 @@ def _weight_files(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) > 1 or (len(found) > 1 and not indexes):
-        raise ValueError(f"{(indexes or found)[1]} is one too many: remove the files of another model from {folder}")
+        one, other = (path.name for path in (indexes or found)[:2])
+        raise ValueError(f"{folder} contains weights of more than one model. Remove {one} or {other}.")
     if indexes:
         names = files.read_json(indexes[0]).get("weight_map")
         if not isinstance(names, dict) or not all(_is_name(name) for name in names.values()):
@@ -332,6 +340,7 @@ def _card(pipeline: MultiDiffPipeline) -> str:
         f"| `{name}` | {layout.modality} | `{layout.plugin}` | {' + '.join(map(str, layout.codebook_sizes))} |"
         for name, layout in pipeline.vocabulary.tokenizers.items()
     )
+    code, imports = _example(pipeline)
     parameters = sum(weight.numel() for weight in pipeline.transformer.parameters())
     return f"""---
 library_name: multidiff
@@ -347,14 +356,28 @@ A masked diffusion transformer of {parameters:,} parameters over these tokenizer
 {rows}
 
 ```python
-from multidiff import Blank, Given, MultiDiffPipeline
+from multidiff import {imports}
 
 pipe = MultiDiffPipeline.from_pretrained("path/to/this/folder")
-names = {list(pipeline.vocabulary.tokenizers)}
+{code}
 ```
 
 `samplers.json` holds the sampling settings that its previews used. Loading runs no code from this folder.
 """
+
+
+def _example(pipeline: MultiDiffPipeline) -> tuple[str, str]:
+    """Code that generates with up to two of the model's tokenizers, from a text where it has one, and its imports."""
+    layouts = pipeline.vocabulary.tokenizers
+    names = sorted(layouts, key=lambda name: layouts[name].modality != "text")[:2]
+    parts = [f'Blank("{name}")' for name in names]
+    imports = "Blank, MultiDiffPipeline"
+    if len(names) == 2 and layouts[names[0]].modality == "text":
+        parts[0], imports = f'Given("{names[0]}", "seven")', "Blank, Given, MultiDiffPipeline"
+    places = pipeline.seen.order_of(names) if pipeline.seen else None
+    ordered = [parts[place] for place in places] if places else parts
+    code = f"document = pipe([[{', '.join(ordered)}]]).documents[0]\nprint([part.item for part in document])"
+    return code, imports
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from toys import Frames, Grid, generator
 
 from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
+from multidiff.seen import SeenDocuments
 from multidiff.transformer import MaskedDiffusionTransformer
 from multidiff.vocabulary import SharedVocabulary
 from multidiff_bpe import BPETokenizer
@@ -142,7 +143,7 @@ def test_bad_requests(pipe):
         ([[Blank("picture", frames=3)]], {}, "canvas of picture"),
         ([["note", Blank("note")]], {}, "document 0: 'note' is no Given"),
         ([[Blank("note")]], {"guidance_scale": 2.0}, "document 0 has no given segment"),
-        ([[Blank("note")]], {"num_inference_steps": 0}, "at least 1"),
+        ([[Blank("note")]], {"num_inference_steps": 0}, "a whole number from 1 to 1,000,000, got 0"),
         ([[Blank("note")]], {"num_inference_steps": 4}, "num_inference_steps 4 is more than the 3 codes"),
         ([[Given("note", [1]), Blank("note")]], {"guidance_scale": {"picture": 2.0}}, "no given 'picture' segment"),
         ([[Given("note", [1]), Blank("note")]], {"guidance_scale": {"nose": 2.0}}, "no tokenizer is called 'nose'"),
@@ -185,13 +186,37 @@ def test_samplers_are_set_by_name(pipe):
     assert pipe([[Blank("picture"), Blank("note")]], generator=generator()).documents
     with pytest.raises(ValueError, match=r"no tokenizer is called 'pictrue'; .*\(did you mean 'picture'\?\)"):
         pipe.samplers["pictrue"] = MaskSampler()
-    with pytest.raises(ValueError, match="dict decides no masked tokens: give a MaskSampler"):
+    with pytest.raises(
+        ValueError, match="expected a MaskSampler, an AmusedScheduler or a BlockRefinementScheduler, got dict"
+    ):
         pipe.samplers["note"] = {"top_k": 3}
     with pytest.raises(ValueError, match="no tokenizer is called 'nose'"):
         pipe.samplers = {"nose": MaskSampler()}
     assert pipe.samplers["note"].config["top_k"] == 3
     pipe.samplers = {"note": MaskSampler(top_k=4)}
     assert [pipe.samplers[name].config["top_k"] for name in pipe.tokenizers] == [None, None, 4]
+
+
+def test_what_was_not_seen_in_training_is_remarked_on_in_given_segments_too():
+    tokenizers = {"speech": Frames((4, 3)), "picture": Grid(5, 2, 3)}
+    pipe = make(tokenizers)
+    sizes = {"speech": {"frames": (2, 4)}, "picture": {"height": (2, 2), "width": (3, 3)}}
+    pipe.seen = SeenDocuments((("speech", "picture"),), False, sizes, {})
+    pipe([[Given("speech", [1, 2] * 3), Blank("picture")]], generator=generator())
+    with pytest.warns(UserWarning, match="canvases of 2 to 4 frames of speech, not of 5"):
+        pipe([[Given("speech", [1, 2] * 4), Blank("picture")]], generator=generator())
+
+
+def test_every_module_keeps_its_mode(pipe):
+    pipe = make({"note": Frames((6,))})
+    pipe.transformer.train()
+    pipe.transformer.blocks[0].eval()
+    modes = [module.training for module in pipe.transformer.modules()]
+    inside = []
+    pipe([[Blank("note")]], callback_on_step_end=lambda *_: inside.append(pipe.transformer.blocks[1].training))
+    assert [module.training for module in pipe.transformer.modules()] == modes
+    assert len(set(modes)) == 2
+    assert not any(inside)
 
 
 @pytest.fixture
@@ -226,13 +251,13 @@ def test_save_and_load(saved, tmp_path):
     with pytest.raises(ValueError, match="cannot be called"):
         SharedVocabulary.of({"../evil": BPETokenizer()})
     edit(tmp_path / "sharded" / "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(ValueError, match="no multidiff model"):
+    with pytest.raises(ValueError, match="does not contain a multidiff model"):
         loaded.save_pretrained(tmp_path / "sharded")
     with pytest.raises(ValueError, match="safetensors only"):
         loaded.save_pretrained(folder, safe_serialization=False)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").touch()
-    with pytest.raises(ValueError, match=r"holds a.jpg, which is no part"):
+    with pytest.raises(ValueError, match=r"contains a.jpg, which is not part of a multidiff model"):
         loaded.save_pretrained(tmp_path / "photos")
 
 

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import threading
+from inspect import signature
 from random import Random
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from diffusers import AmusedScheduler
 from fuzz import checkpoints, models
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors.torch import load_file, save_file
 from toys import generator
 
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary, saving
@@ -26,8 +29,8 @@ from multidiff.training import MaskedDiffusionModule
 from multidiff_bpe import BPETokenizer
 
 
-def make(value=None, samplers=None):
-    tokenizers = {"text": BPETokenizer(), "other": BPETokenizer()}
+def make(value=None, samplers=None, names=("text", "other")):
+    tokenizers = {name: BPETokenizer() for name in names}
     vocabulary = SharedVocabulary.of(tokenizers)
     transformer = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=32, num_layers=2, num_heads=2, dropout=0.5)
     transformer.initialize(generator())
@@ -115,11 +118,14 @@ def test_a_sampler_that_would_come_back_as_another_is_not_saved(tmp_path):
     class Mine(MaskSampler):
         pass
 
-    pipe = make(samplers={"text": Mine()})
-    with pytest.raises(
-        ValueError, match=r"sampler of 'text' is a Mine, .* set pipe.samplers\['text'\] to a MaskSampler"
-    ):
-        pipe.save_pretrained(tmp_path / "model")
+    pipe = make()
+    for sampler, kind in ((Mine(), "Mine"), (AmusedScheduler(mask_token_id=9), "AmusedScheduler")):
+        pipe.samplers["text"] = sampler
+        with pytest.raises(
+            ValueError,
+            match=rf"sampler of 'text' is .* {kind}, .* set pipe.samplers\['text'\] = MaskSampler\(\) before",
+        ):
+            pipe.save_pretrained(tmp_path / "model")
     pipe.samplers["text"] = MaskSampler()
     pipe.save_pretrained(tmp_path / "model")
 
@@ -127,7 +133,7 @@ def test_a_sampler_that_would_come_back_as_another_is_not_saved(tmp_path):
 HUGE = {
     "config.json: num_layers is 1000000000, but the weights have 2 layers": {"num_layers": 10**9},
     "config.json: hidden_size is 1000000000, but the weights have 32": {"hidden_size": 10**9, "num_heads": 1},
-    "config.json: .*": {"hidden_size": 10**30},
+    f"config.json: hidden_size is {10**30}, but the weights have 32": {"hidden_size": 10**30},
     "hidden_size is 64, but the weights have 32": {"hidden_size": 64},
     "vocabulary_rows 1000000000 is not 576": {"vocabulary_rows": 10**9},
     "hidden_size '32' must be a whole number": {"hidden_size": "32"},
@@ -143,6 +149,28 @@ def test_sizes_and_types_are_checked_before_anything_is_allocated(folder, messag
     edit(folder / "transformer" / "config.json", **HUGE[message])
     with pytest.raises(ValueError, match=message):
         MultiDiffPipeline.from_pretrained(folder)
+
+
+def test_every_setting_of_the_transformer_has_a_kind():
+    assert saving._KINDS.keys() == set(signature(MaskedDiffusionTransformer.__init__).parameters) - {"self"}
+
+
+def test_a_size_that_no_tensor_bounds_is_refused_before_anything_is_allocated(folder, monkeypatch):
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    save_file({name: weight for name, weight in load_file(path).items() if name != "embed.weight"}, path)
+    edit(folder / "transformer" / "config.json", hidden_size=10**9, num_heads=1)
+    monkeypatch.setattr(saving, "build_transformer", None)
+    with pytest.raises(ValueError, match=r"\.safetensors lacks the matrix embed.weight"):
+        MultiDiffPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("names", [("text", "other"), ("text",)])
+def test_the_code_of_the_card_generates(names, tmp_path, capsys):
+    make(names=names).save_pretrained(tmp_path / "model")
+    code = (tmp_path / "model" / "README.md").read_text().split("```")[1].removeprefix("python")
+    assert all(f'("{name}"' in code for name in names)
+    exec(code.replace("path/to/this/folder", str(tmp_path / "model")))
+    assert ("Given" in code) == ("seven" in capsys.readouterr().out) == (len(names) == 2)
 
 
 SETTINGS = {
@@ -169,7 +197,9 @@ def test_sampler_settings_that_could_not_generate_are_refused_when_they_are_read
 def test_another_models_weights_beside_these_are_refused(folder):
     (path,) = (folder / "transformer").glob("*.safetensors")
     path.with_name("old.safetensors").write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=r"old\.safetensors is one too many"):
+    with pytest.raises(
+        ValueError, match=r"transformer contains weights of more than one model. Remove .* or old\.safetensors"
+    ):
         MultiDiffPipeline.from_pretrained(folder)
 
 
@@ -178,7 +208,7 @@ def test_whatever_a_plugin_raises_names_its_folder(folder, monkeypatch):
         raise KeyError("nowhere")
 
     monkeypatch.setattr(BPETokenizer, "load", fail)
-    with pytest.raises(ValueError, match=r"tokenizers/text holds no tokenizer \('nowhere'\)"):
+    with pytest.raises(ValueError, match=r"The tokenizer in .*tokenizers/text cannot be loaded: 'nowhere'"):
         MultiDiffPipeline.from_pretrained(folder)
 
 

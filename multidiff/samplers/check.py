@@ -75,7 +75,7 @@ def check_scale(scale: Any) -> None:
 def check_steps(steps: Any) -> None:
     """Raises a ValueError unless `steps` is a number of steps."""
     if not _whole(steps) or steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, a whole number, and {_RANGE}; got {steps!r}")
+        raise ValueError(f"num_inference_steps must be a whole number from 1 to {LARGEST:,}, got {steps!r}")
 
 
 _RANGE = f"at most {LARGEST:,}"

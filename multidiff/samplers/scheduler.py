@@ -46,11 +46,6 @@ class SchedulerSampler(MaskSampler):
         super().__init__()
         self.scheduler = scheduler
 
-    @property
-    def settings(self) -> dict[str, object]:
-        name = type(self.scheduler).__name__
-        raise ValueError(f"samplers.json holds MaskSampler's settings, not a {name}'s: save that with its own method")
-
     def start(
         self,
         sample_RN: Tensor,
@@ -219,6 +214,5 @@ def as_sampler(sampler: MaskSampler | Scheduler) -> MaskSampler:
     if isinstance(sampler, Scheduler):
         return SchedulerSampler(sampler)
     raise ValueError(
-        f"{type(sampler).__name__} decides no masked tokens: give a MaskSampler, an AmusedScheduler or a "
-        "BlockRefinementScheduler"
+        "expected a MaskSampler, an AmusedScheduler or a BlockRefinementScheduler, got " + type(sampler).__name__
     )

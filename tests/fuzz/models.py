@@ -21,7 +21,7 @@ from multidiff_vq import VQTokenizer
 
 from .damage import damage_folder, damage_json
 
-OVERFLOW = "the transformer's output is not a number"
+OVERFLOW = "the transformer's logits hold NaN or Inf"
 
 
 @dataclass
