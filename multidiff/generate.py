@@ -122,7 +122,7 @@ class _Segment(argparse.Action):
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 to 999,999,999")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 999,999,999")
     return int(text)
 
 

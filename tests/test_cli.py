@@ -233,7 +233,7 @@ def test_numbers_of_samples_and_steps(model, capsys):
     for wrong in ("0", "-1", "1e5", "x", "9" * 5000):
         with pytest.raises(SystemExit):
             main(["generate", "--model", str(model), "--fill", "text", "--num", wrong])
-        assert "is no whole number from 1" in capsys.readouterr().err
+        assert "is not a whole number from 1" in capsys.readouterr().err
 
 
 def test_a_prompt_longer_than_its_canvas_is_refused(model):
