@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -123,13 +124,24 @@ class Sequencer:
         return self._canvases[key]
 
     def _check_size(self, name: str, size: Mapping[str, int]) -> None:
-        """Refuse a size too large to allocate. Codes are in proportion to it, so the default canvas tells how many."""
+        """Refuse keys and values that are no size, and a size too large to allocate.
+
+        The default canvas has all keys, and codes in proportion to its size.
+        """
         if not size:
             return
         default = self.canvas(name, {})
+        for key, number in size.items():
+            if key not in default.size:
+                raise ValueError(
+                    f"canvas of {name} of size {dict(size)}: {key} is not part of its size, which has "
+                    f"{', '.join(default.size)}"
+                )
+            if not isinstance(number, Integral) or isinstance(number, bool) or number < 0:
+                raise ValueError(
+                    f"canvas of {name} of size {dict(size)}: {key} must be a whole number of at least 0, got {number!r}"
+                )
         sizes = {**default.size, **size}
-        if not all(isinstance(number, int) for number in sizes.values()):
-            return  # the tokenizer says what is wrong with it
         codes = max(1, len(default)) * math.prod(sizes.values()) // max(1, math.prod(default.size.values()))
         if codes > MAX_CODES:
             raise ValueError(

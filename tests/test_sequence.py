@@ -1,5 +1,6 @@
 """Vocabulary and sequence: ids, canvases, positions, packing."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,7 +108,9 @@ def test_bad_input():
         SEQUENCER.blank("sound", {})
     with pytest.raises(ValueError, match="no room"):
         SEQUENCER.blank("speech", {"frames": 0})
-    with pytest.raises(ValueError, match=r"canvas of speech of size .*unexpected keyword"):
+    with pytest.raises(
+        ValueError, match=r"canvas of speech of size .*height is not part of its size, which has frames"
+    ):
         SEQUENCER.blank("speech", {"height": 3})
     with pytest.raises(ValueError, match="outside its codebook"):
         VOCABULARY.to_shared("note", torch.tensor([7]), torch.tensor([0]))
@@ -115,6 +118,24 @@ def test_bad_input():
         VOCABULARY.to_local("note", torch.tensor([10]), torch.tensor([0]))
     with pytest.raises(ValueError, match="at least one segment"):
         SEQUENCER.batch([[]])
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"foo": 10**7}, "foo is not part of its size, which has height, width"),
+        ({"height": 2, "frames": 3}, "frames is not part of its size"),
+        ({"height": -3}, "height must be a whole number of at least 0, got -3"),
+        ({"height": 2.0}, "height must be a whole number of at least 0, got 2.0"),
+        ({"height": True}, "height must be a whole number of at least 0, got True"),
+        ({"height": 10**7}, "it has 30,000,000 codes, more than"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_before_a_tokenizer_sees_it(size, message):
+    sequencer = Sequencer({"picture": Grid(5, 2, 3)}, SharedVocabulary.of({"picture": Grid(5, 2, 3)}))
+    sequencer.canvas("picture", {"height": np.int64(3)})
+    with pytest.raises(ValueError, match=rf"canvas of picture of size .*{message}"):
+        sequencer.canvas("picture", size)
 
 
 def test_vocabulary_names_the_difference():
