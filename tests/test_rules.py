@@ -297,6 +297,11 @@ def test_gumbel_draws_follow_the_distribution():
         assert chisquare(counts[[0, 2, 3]].numpy(), expected[[0, 2, 3]].numpy()).pvalue > 1e-3
 
 
+def test_a_forced_place_that_is_no_number_is_a_sentence():
+    with pytest.raises(ValueError, match=r"^here: forced {'x': 3} must be a table of whole numbers, place: id"):
+        MaskSampler.from_settings({"forced": {"x": 3}}, "here")
+
+
 def test_forbidden_forced_and_repeated_codes():
     logits_NV = torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64).expand(5, 4)
     blank_RN = torch.full((1, 5), 4)

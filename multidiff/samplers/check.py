@@ -89,8 +89,8 @@ def _whole(value: Any) -> bool:
     return _number(value) and isinstance(value, int)
 
 
-def _place(key: Any) -> bool:
-    """A place among codes; JSON has no keys but text."""
+def is_place(key: Any) -> bool:
+    """Whether `key` is a place among codes; JSON has no keys but text."""
     return (key.isdecimal() and len(key) < 10) if isinstance(key, str) else _whole(key) and key >= 0
 
 
@@ -113,7 +113,10 @@ def _check_types(settings: dict[str, Any]) -> None:
             lambda value: isinstance(value, Sequence) and len(value) == 3 and all(map(_number, value)),
         ),
         "forbidden": ("a list of whole numbers", whole_numbers),
-        "forced": ("a table of whole numbers", lambda value: table(value, _whole) and all(map(_place, value))),
+        "forced": (
+            "a table of whole numbers, place: id",
+            lambda value: table(value, _whole) and all(map(is_place, value)),
+        ),
         "canvas": ("a table of whole numbers", lambda value: table(value, _whole)),
     }
     never_null = {"temperature", "order_temperature", "level_penalty", "top_p", "typical_p", "repetition_penalty"}

@@ -21,7 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from multidiff.samplers.check import check_ids, check_settings
+from multidiff.samplers.check import check_ids, check_settings, is_place
 from multidiff.samplers.choice import Choice, check_finite, choose, gumbel
 from multidiff.samplers.count import ADAPTIVE, SCHEDULES
 from multidiff.samplers.frames import Frames
@@ -175,8 +175,9 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
                 raise ValueError(f"{where}: no sampler setting is called {key!r}; {hint}")
         try:
-            if isinstance(settings.get("forced"), Mapping):  # JSON has no keys but text
-                settings = {**settings, "forced": {int(place): token for place, token in settings["forced"].items()}}
+            forced = settings.get("forced")
+            if isinstance(forced, Mapping) and all(map(is_place, forced)):  # JSON has no keys but text
+                settings = {**settings, "forced": {int(place): token for place, token in forced.items()}}
             return cls(**settings)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
