@@ -22,12 +22,13 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from multidiff import files
 
 MODE = "omegaconf+"
-_MOST_VALUES = 8_000  # with aliases expanded; shipped configurations have 150, OmegaConf takes 10,000 in all
+_MOST_VALUES = 8_000  # that aliases stand for
 _DEEPEST = 100
 _DEFAULT_CLASSES = {"model": "multidiff.training.MaskedDiffusionModule", "data": "multidiff.data.DocumentData"}
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -60,7 +61,7 @@ def find(value: str) -> Path:
 
 
 def read(path: Path) -> str:
-    """The text of a YAML file that holds a mapping and stays small when it is expanded; `ValueError` naming it else."""
+    """The text of a YAML file that holds a mapping, and whose aliases add little; `ValueError` naming it else."""
     text = files.read_text(path)
     try:
         root = _measure(text)
@@ -77,23 +78,21 @@ def read(path: Path) -> str:
 
 
 def _measure(text: str) -> type | None:
-    """Count the values in `text` with its aliases expanded, without expanding them; returns the event of the first.
+    """Count the values that the aliases in `text` stand for, without expanding them; returns the first event's type.
 
     Raises:
-        ValueError: too many values, too deep, or an alias within what it stands for.
+        ValueError: aliases for too many values, too deep, or an alias within what it stands for.
         yaml.YAMLError: no YAML.
     """
     sizes: dict[str, int] = {}
     open_: list[tuple[str | None, int]] = [(None, 0)]  # anchors and sizes of the collections around
-    root = None
+    root, added = None, 0
 
     def add(anchor: str | None, size: int) -> None:
         name, before = open_[-1]
         open_[-1] = (name, before + size)
         if anchor is not None:
             sizes[anchor] = size
-        if before + size > _MOST_VALUES:
-            raise ValueError(f"has more than {_MOST_VALUES:,} values with its aliases expanded, too many to be meant")
 
     for event in yaml.parse(text, Loader=_YAML):
         if root is None and isinstance(event, yaml.NodeEvent):
@@ -109,7 +108,14 @@ def _measure(text: str) -> type | None:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_):
                 raise ValueError(f"has an alias *{event.anchor} within what it stands for")
-            add(None, sizes.get(event.anchor, 1))
+            size = sizes.get(event.anchor, 1)
+            added += size
+            if added > _MOST_VALUES:
+                raise ValueError(
+                    f"has aliases that stand for more than {_MOST_VALUES:,} values. Use fewer aliases, or let "
+                    f"*{event.anchor} and the others stand for less."
+                )
+            add(None, size)
     return root
 
 
@@ -135,7 +141,14 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = find(values)
         read(path)
+        if not Path(values).is_file():
+            _say(f"multidiff: using the shipped configuration {path}")
         super().__call__(parser, cfg, str(path), option_string)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -193,21 +206,37 @@ def _parameters(class_path: str) -> list[str]:
     """Names of what a class takes; none where there is no such class."""
     try:
         return list(inspect.signature(_class(class_path)).parameters)
-    except (ImportError, AttributeError, ValueError):
+    except ValueError:
         return []
 
 
-def _class(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
+def _class(path: Any) -> type:
+    """The class of this path, such as multidiff.data.DocumentData; `ValueError` where there is none."""
+    module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no class is called {path!r} ({error})") from None
+    if not isinstance(found, type):
+        raise ValueError(f"{path} is not a class")
+    return found
 
 
 def _help_on_classes(command: str, arguments: Sequence[str]) -> Iterator[str]:
     classes = dict(_DEFAULT_CLASSES)
     for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
         if option in ("-c", "--config"):
-            content = yaml.load(read(find(value)), Loader=_YAML)
-            classes.update({key: content[key]["class_path"] for key in classes if "class_path" in content.get(key, ())})
+            path = find(value)
+            content = yaml.load(read(path), Loader=_YAML)
+            for key in classes.keys() & content.keys():
+                if not isinstance(content[key], dict | str):
+                    raise ValueError(f"{path}: {key} must be a mapping with class_path and init_args")
+                if isinstance(content[key], dict) and "class_path" in content[key]:
+                    classes[key] = content[key]["class_path"]
+                    try:
+                        _class(classes[key])
+                    except ValueError as error:
+                        raise ValueError(f"{path}: {key}.class_path: {error}") from None
     for key, class_path in classes.items():
         parser = Parser(add_help=False, usage=argparse.SUPPRESS, description=f"{class_path}, its options:")
         parser.add_class_arguments(_class(class_path), f"{key}.init_args", fail_untyped=False)

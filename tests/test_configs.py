@@ -174,10 +174,47 @@ def test_a_file_within_a_configuration_is_bounded_too(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["fit", *arguments])
         assert stopped.value.code == 2
-        assert "model: a configuration has more than 8,000 values" in capsys.readouterr().err
+        assert "model: a configuration has aliases that stand for more than 8,000 values" in capsys.readouterr().err
+
+
+def test_a_shipped_configuration_is_said_to_be_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place = ROOT / "configs" / "tokenizers" / "vq_digits.yaml"
+    for value, said in (
+        ("vq_digits.yaml", f"multidiff: using the shipped configuration {place}\n"),
+        (str(place), ""),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", value, "--print_config"])
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model:", "model must be a mapping with class_path"),
+        ("data: [1]", "data must be a mapping with class_path"),
+        ("model: {class_path: Masked}", "model.class_path: no class is called 'Masked'"),
+        ("model: {class_path: nowhere.Masked}", "model.class_path: no class is called 'nowhere.Masked' .*nowhere"),
+        (
+            "model: {class_path: multidiff.training.Masked}",
+            "model.class_path: no class is called 'multidiff.training.Masked'",
+        ),
+        ("model: {class_path: json.dumps}", "model.class_path: json.dumps is not a class"),
+        ("model: {class_path: 3}", "model.class_path: no class is called 3"),
+    ],
+)
+def test_help_on_a_bad_configuration_is_a_sentence(content, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(SystemExit, match=rf"^multidiff: .*bad.yaml: {message}") as stopped:
+        main(["fit", "--config", str(tmp_path / "bad.yaml"), "--help"])
+    assert "\n" not in str(stopped.value)
 
 
 def test_aliases_and_many_values_are_fine(tmp_path):
-    many = ", ".join(map(str, range(5000)))
+    many = ", ".join(map(str, range(9000)))
     (tmp_path / "a.yaml").write_text(f"a: &a [{many}]\nb: &b {{c: 1}}\nd: {{<<: *b, e: *b}}\n")
     assert configuration.read(tmp_path / "a.yaml").startswith("a: &a [0, 1")
+    (tmp_path / "a.yaml").write_text(f"a: &a [{many}]\nb: *a\n")
+    with pytest.raises(ValueError, match=r"a.yaml has aliases that stand for more than 8,000 values. Use fewer"):
+        configuration.read(tmp_path / "a.yaml")
