@@ -91,6 +91,8 @@ def _train(arguments: list[str]) -> None:
     from multidiff.checkpoints import Checkpoints
     from multidiff.lightning_checkpoint import check_checkpoint
 
+    command = arguments[0]
+
     class CLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> configuration.Parser:
             return configuration.make_parser(**kwargs)
@@ -100,21 +102,23 @@ def _train(arguments: list[str]) -> None:
 
         def add_arguments_to_parser(self, parser: Any) -> None:
             help_ = "Remove the checkpoints of an earlier run from the folder that this one writes to."
-            parser.add_argument("--overwrite", type=bool, default=False, help=help_)
+            if command == "fit":
+                parser.add_argument("--overwrite", type=bool, default=False, help=help_)
 
         def before_instantiate_classes(self) -> None:
             if path := self._get(self.config, "ckpt_path"):
                 check_checkpoint(path)
+            if command == "fit":  # taken out, so that a run of the saved configuration removes nothing unasked
+                self._overwrite = self.config[command].pop("overwrite")
 
         def before_fit(self) -> None:
             for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
                 if isinstance(callback, Checkpoints):
-                    callback.overwrite |= self._get(self.config, "overwrite")
+                    callback.overwrite |= self._overwrite
                     known_later = self._get(self.config, "ckpt_path") is not None or SLURMEnvironment.detect()
                     if self.trainer.is_global_zero and not known_later and not self.trainer.fast_dev_run:  # pyright: ignore
                         callback.claim(continues=False)
 
-    command = arguments[0]
     # Lightning's own, at every start.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     warnings.filterwarnings("ignore", "Precision bf16-mixed is not supported by the model summary", UserWarning)
@@ -158,14 +162,13 @@ def stop(error: BaseException) -> NoReturn:
     from multidiff import plugins
     from multidiff.tokenizer import ItemError
 
-    packages = {"multidiff", "lightning", *plugins.packages()}
     link: BaseException | None = error
     while link is not None:
         place = link.__traceback__
         while place is not None and place.tb_next is not None:
             place = place.tb_next
-        package = str(place.tb_frame.f_globals.get("__name__")).split(".")[0] if place is not None else ""
-        if isinstance(link, ItemError) or package in packages or package.startswith("multidiff_"):
+        module = str(place.tb_frame.f_globals.get("__name__")) if place is not None else ""
+        if isinstance(link, ItemError) or module.startswith("lightning.") or plugins.is_ours(module):
             sys.exit(f"multidiff: {link}")
         link = link.__cause__ or link.__context__
     raise error

@@ -11,7 +11,8 @@ import json
 import mimetypes
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +39,23 @@ def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show
+            warnings.showwarning = partial(_show, warnings.showwarning)
             _generate(preset, options, overrides)
     except (ValueError, ImportError, OSError) as error:
         stop(error)
 
 
-def _show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """A warning as a sentence, without the line of code that it comes from."""
-    print(f"multidiff: {message}", file=sys.stderr)
+def _show(
+    usual: Callable[..., None], message: Warning | str, category: type[Warning], filename: str, *rest: Any
+) -> None:
+    """A warning of multidiff or of a plugin as a sentence, without its line of code; of other libraries as `usual`."""
+    from multidiff import plugins
+
+    modules = (name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == filename)
+    if any(map(plugins.is_ours, modules)):
+        print(f"multidiff: {message}", file=sys.stderr)
+    else:
+        usual(message, category, filename, *rest)
 
 
 def _parser(preset: str | None, prog: str) -> argparse.ArgumentParser:

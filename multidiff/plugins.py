@@ -45,9 +45,11 @@ def names() -> set[str]:
     return {point.name for point in entry_points(group=GROUP)}
 
 
-def packages() -> set[str]:
-    """Top-level packages that plugins are in, nothing imported."""
-    return {point.module.split(".")[0] for point in entry_points(group=GROUP)}
+def is_ours(module: str) -> bool:
+    """Whether a module of this name belongs to multidiff or to an installed plugin; nothing is imported."""
+    package = module.split(".")[0]
+    known = {"multidiff", *(point.module.split(".")[0] for point in entry_points(group=GROUP))}
+    return package in known or package.startswith("multidiff_")
 
 
 def survey() -> list[Report]:

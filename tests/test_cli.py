@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -227,6 +229,30 @@ def test_output_that_nobody_takes_is_a_sentence(model, monkeypatch):
         with pytest.raises(SystemExit, match=r"multidiff: .*No space left on device"):
             main(["generate", "--model", str(model), "--fill", "text"])
         full.write("what comes after goes nowhere")
+
+
+def test_only_our_own_warnings_are_a_sentence(model, capsys, monkeypatch):
+    read = BPETokenizer.read
+
+    def ours(tokenizer, value, folder):
+        warnings.warn_explicit("take care", UserWarning, read.__code__.co_filename, 7)
+        warnings.warn_explicit("of numpy", UserWarning, np.__file__, 7)
+        return read(tokenizer, value, folder)
+
+    monkeypatch.setattr(BPETokenizer, "read", ours)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(["generate", "--model", str(model), "--given", "text=a", "--fill", "text"])
+    assert [str(warning.message) for warning in caught] == ["of numpy"]
+    assert capsys.readouterr().err == "multidiff: take care\n"
+
+
+def test_a_run_is_overwritten_by_fit_alone(capsys):
+    for command in ("validate", "test"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--config", str(ROOT / "configs" / "digits.yaml"), "--overwrite", "true"])
+        assert stopped.value.code == 2
+        assert "--overwrite" in capsys.readouterr().err
 
 
 def test_numbers_of_samples_and_steps(model, capsys):

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from runs import config, scalars, write_config, write_folder
 
@@ -230,6 +231,9 @@ def test_a_folder_with_another_run_is_refused_or_overwritten(data, tmp_path):
     fit(tmp_path, settings(tmp_path, data, max_steps=3), "--overwrite", "true")
     assert read(tmp_path)["global_step"] == 3
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    (saved,) = tmp_path.glob("log/config.yaml")
+    assert "overwrite" not in yaml.safe_load(saved.read_text())
+    main(["validate", "--config", str(saved), "--ckpt_path", str(tmp_path / "checkpoints" / "last.ckpt")])
 
 
 def test_two_runs_at_once_are_refused(tmp_path):
