@@ -340,7 +340,7 @@ def test_a_file_with_a_fault_is_refused(written, make, change, fault):
     [
         (b"", "damaged or no tokenizer.json"),
         (json.dumps(_gpt()).encode()[:2000], "damaged or no tokenizer.json"),
-        (b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02\xff", "damaged or no tokenizer.json"),
+        (b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02\xff", "is not UTF-8 text"),
         (b'{"tokenizer_class": "LlamaTokenizer"}', r"AutoTokenizer\.from_pretrained"),
         (b'{"a": 0, "b": 1}', "damaged or no tokenizer.json"),
         (b"[1, 2]", "damaged or no tokenizer.json"),
