@@ -32,6 +32,7 @@ from multidiff.decoding import Decision, Decoder, gather
 from multidiff.lightning_checkpoint import load_checkpoint, unpack
 from multidiff.samplers import MaskSampler
 from multidiff.samplers.check import check_scale, check_steps
+from multidiff.samplers.choice import NotFiniteError
 from multidiff.samplers.scheduler import Samplers, Scheduler
 from multidiff.seen import SeenDocuments
 from multidiff.sequence import Segment, Sequencer, TokenBatch
@@ -164,6 +165,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         self.tokenizers = dict(tokenizers)
         self._samplers = Samplers(vocabulary, samplers or {})
         self.seen = seen
+        self.source: Path | None = None  # the folder or file that it was read from
         self.sequencer = Sequencer(tokenizers, vocabulary)
 
     @classmethod
@@ -260,7 +262,10 @@ class MultiDiffPipeline(DiffusionPipeline):
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)
         with _evaluating(self.transformer), self.progress_bar(total=decoder.steps) as bar:  # pyright: ignore
             for step in range(decoder.steps):
-                decoder.step(step)
+                try:
+                    decoder.step(step)
+                except NotFiniteError as error:
+                    raise NotFiniteError(f"{self.source}: {error}" if self.source else str(error)) from None
                 if callback_on_step_end is not None:
                     current = self._current(batch, segments, decoder.ids_P)
                     callback_on_step_end(self, step, decoder.steps - 1 - step, {"documents": current})
@@ -477,8 +482,10 @@ class MultiDiffPipeline(DiffusionPipeline):
         is_file = os.path.exists(path) and not os.path.isdir(path)  # of any kind; unlike pathlib's these never raise
         parts = load_checkpoint(path) if is_file else saving.load_folder(path)
         nn.Module.to(parts[0], dtype=dtype)  # diffusers' own `to` warns of modules that it keeps in float32: none
+        pipeline = cls(*parts)
+        pipeline.source = path
         try:
-            return cls(*parts).to(device)
+            return pipeline.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device} cannot be used ({saving.first_line(error)})") from error
 

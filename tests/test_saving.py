@@ -216,7 +216,7 @@ def test_weights_that_overflow_are_said_to(folder):
     pipe = MultiDiffPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.norm.weight.data.fill_(3e38)
-    with pytest.raises(ValueError, match=r"logits hold NaN or Inf: check its weights"):
+    with pytest.raises(ValueError, match=rf"^{folder}: the transformer's logits hold NaN or Inf: check its weights"):
         pipe([[Blank("text", tokens=3)]])
 
 

@@ -131,10 +131,14 @@ def choose(
     return Choice(token_M1.squeeze(-1).clamp_max(log_p_MV.shape[-1] - 1), log_p_MV)  # beyond the last where NaN
 
 
+class NotFiniteError(ValueError):
+    """Logits hold NaN or Inf, so there is nothing to draw from."""
+
+
 def check_finite(value_M: Tensor) -> None:
-    """Raises a ValueError if logits were NaN or +Inf; then every probability of their position is NaN."""
+    """Raises a `NotFiniteError` if logits were NaN or +Inf; then every probability of their position is NaN."""
     if bool(value_M.isnan().any()):
-        raise ValueError(
+        raise NotFiniteError(
             "the transformer's logits hold NaN or Inf: check its weights, its precision and guidance_scale"
         )
 

@@ -71,7 +71,7 @@ def load_and_generate(path: Path, named: Path) -> str:
     try:
         output = pipe([[Given("text", "seven"), *blanks]], generator=torch.Generator().manual_seed(0))
     except ValueError as error:
-        if not str(error).startswith(OVERFLOW):
+        if not str(error).startswith(f"{path}: {OVERFLOW}"):
             raise AssertionError(f"loaded, but: {error}") from error
         return "refused in generating"
     for part in output.documents[0][1:]:
