@@ -1,7 +1,7 @@
 # `make demo`, `make emoji`: set up, prepare data, train, generate, judge, report.   `make test`: set up, lint, test.
 PYTHON ?= python3
 BIN := .venv/bin
-# Without it every process compiles torch, diffusers and lightning anew wherever bytecode writing is off.
+# Without it every process compiles torch, diffusers and lightning again wherever bytecode writing is off.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 .PHONY: demo emoji test lint lock clean
@@ -29,7 +29,7 @@ lint: .venv/installed
 	$(UV) --no-deps --editable .
 	touch $@
 
-# Versions are resolved anew within the ranges of pyproject.toml; no download address is recorded.
+# Versions are resolved again, within the ranges of pyproject.toml; no download address is recorded.
 lock: .venv/installed
 	$(BIN)/uv pip compile --quiet --universal --all-extras --no-emit-index-url --no-emit-find-links --upgrade \
 		--python-version 3.11 --custom-compile-command 'make lock' pyproject.toml --output-file requirements.lock

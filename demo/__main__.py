@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if stage["command"] != shlex.join(stages[name]):
             sys.exit(
                 f"{output}: {name} was done with other options ({stage['command']}); "
-                "--fresh begins anew, and another --output leaves it alone"
+                "--fresh begins again, and another --output leaves it alone"
             )
     commands = output / "commands.txt"
     commands.write_text("".join(f"{shlex.join(command)}\n" for command in stages.values()), encoding="utf-8")

@@ -78,11 +78,13 @@ class Checkpoints(ModelCheckpoint):
             return
         problem = None
         if trainer.is_global_zero:
+            continues = self._continues or (trainer.ckpt_path is not None and self._holds(trainer.ckpt_path))
             try:
                 if not self._claimed:
-                    self.claim(self._continues or (trainer.ckpt_path is not None and self._holds(trainer.ckpt_path)))
-                if self.overwrite:
-                    self._remove_others(trainer.ckpt_path)
+                    self.claim(continues)
+                if self.overwrite and not continues:
+                    for path in Path(str(self.dirpath)).glob("*.ckpt"):
+                        path.unlink()
             except (ValueError, OSError) as error:
                 problem = str(error)
         if problem := trainer.strategy.broadcast(problem):  # on every rank, or the others would wait for ever
@@ -147,8 +149,8 @@ class Checkpoints(ModelCheckpoint):
             self._release()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """In the middle of a step, the loader has given away a batch that was not trained on, and Lightning will count
-        a step more when it goes on."""
+        """Correct what Lightning saves in the middle of a step: the loader has handed out a batch that was not trained
+        on, and the loop counts a step more when it goes on."""
         if self._torn and not trainer.validating:
             loops = checkpoint["loops"]["fit_loop"]
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
@@ -193,12 +195,6 @@ class Checkpoints(ModelCheckpoint):
             )
         self._claimed = True
 
-    def _remove_others(self, continued: str | Path | None) -> None:
-        """Remove the checkpoints of an earlier run, now that the new one begins."""
-        if continued is None or not self._holds(continued):
-            for path in Path(str(self.dirpath)).glob("*.ckpt"):
-                path.unlink()
-
     def _leave(self) -> None:
         if self._leaving:
             raise KeyboardInterrupt
@@ -207,7 +203,7 @@ class Checkpoints(ModelCheckpoint):
         return trainer.should_stop and trainer.fit_loop._can_stop_early
 
     def _save_end(self, trainer: Trainer) -> None:
-        """Save `last.ckpt`, without keeping a validation that follows from saving what it finds best."""
+        """Save `last.ckpt`. A validation that follows may still save what it finds best."""
         if self._ended_at != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             before = self._last_global_step_saved
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -217,7 +213,7 @@ class Checkpoints(ModelCheckpoint):
         return self._ended_at != trainer.global_step and super()._should_save_on_exception(trainer)
 
     def _begin_validation_again(self, trainer: Trainer) -> None:
-        """As Lightning takes a validation for interrupted, but with none of its batches done: its sums are lost."""
+        """Count as Lightning does in an interrupted validation, but with no batch done, for their sums are lost."""
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
         total: Any = progress.total
         total.processed = total.completed

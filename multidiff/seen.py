@@ -93,11 +93,11 @@ class SeenDocuments:
                 return places
         return None
 
-    def remarks(self, segments: Sequence[tuple[str, Mapping[str, int] | None]]) -> list[str]:
+    def remarks(self, segments: Sequence[tuple[str, Mapping[str, int]]]) -> list[str]:
         """What a document asks for beyond training: sentences, none where all is well.
 
         Args:
-            segments: names in order, and the size of the canvas where something is to be filled in.
+            segments: names in order, each with the size of its canvas.
         """
         remarks = []
         names = [name for name, _ in segments]
@@ -111,7 +111,7 @@ class SeenDocuments:
                     f"Put them in the order {', '.join(names[place] for place in places)}."
                 )
         for name, size in segments:
-            for key, value in (size or {}).items():
+            for key, value in size.items():
                 least, most = self.sizes.get(name, {}).get(key, (value, value))
                 if not least <= value <= most:
                     remarks.append(

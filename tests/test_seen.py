@@ -62,19 +62,19 @@ def test_orders_are_those_of_training():
 
 def test_remarks_say_what_to_do():
     one = seen(orders={("text", "image"): 1})
-    assert one.remarks([("text", None), ("image", {"height": 8, "width": 12})]) == []
-    (order,) = one.remarks([("image", None), ("text", {"tokens": 20})])
+    assert one.remarks([("text", {}), ("image", {"height": 8, "width": 12})]) == []
+    (order,) = one.remarks([("image", {}), ("text", {"tokens": 20})])
     assert order.endswith("order image, text. Put them in the order text, image.")
     (size,) = one.remarks([("text", {"tokens": 32})])
     assert "canvases of 2 to 25 tokens of text, not of 32" in size
-    (never,) = one.remarks([("image", None), ("image", None)])
+    (never,) = one.remarks([("image", {}), ("image", {})])
     assert never.startswith("No training document of this model held")
-    assert seen(shuffled=True).remarks([("text", None), ("image", None), ("text", None)]) == []
+    assert seen(shuffled=True).remarks([("text", {}), ("image", {}), ("text", {})]) == []
 
 
 def test_more_orders_than_can_be_kept_are_not_remarked_on():
     many = seen(orders={("text",) * length: 1 for length in range(1, 1002)})
-    assert many.remarks([("image", None), ("text", None)]) == []
+    assert many.remarks([("image", {}), ("text", {})]) == []
 
 
 def test_facts_survive_json_and_damage_is_named():

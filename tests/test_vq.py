@@ -742,7 +742,7 @@ def test_a_trained_tokenizer_is_evaluated_on_a_split(command, data_folder, tmp_p
     assert float(metrics[f"{stage}/codebook_usage"]) == pytest.approx(used / 16)
     assert "codebook has not been trained" not in caplog.text
     run(tmp_path / "data", tmp_path, command)
-    assert "Its codebook has not been trained" in caplog.text
+    assert "The codebook has not been trained" in caplog.text
 
 
 def test_autoencoder_and_discriminator_are_clipped_each_as_a_whole(tmp_path):

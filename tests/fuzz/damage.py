@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 ODD: list[Any] = [None, True, False, -1, 0, 1, 3, 2**31, 10**9, 10**30, 0.5, 1e-320, 1e308, "", "x", "1", [], [0], {}]
+_NUMBERS = (0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1)
 
 
 def damage_bytes(path: Path, random: Random) -> str:
@@ -34,6 +35,35 @@ def damage_bytes(path: Path, random: Random) -> str:
         content.clear()
     path.write_bytes(content)
     return kind
+
+
+def damage_content(content: bytes, other: bytes, random: Random) -> bytearray:
+    """Flip, cut, blank, double or remove a part, or change the header by another file's, a tail or a number."""
+    damaged = bytearray(content)
+    kind = random.choice(["flip", "flip header", "cut", "zero", "double", "remove", "header", "append", "numbers"])
+    start, end = sorted(random.choices(range(len(content)), k=2))
+    if kind.startswith("flip"):
+        for _ in range(random.choice([1, 1, 2, 10])):
+            place = random.randrange(min(len(content), 100) if "header" in kind else len(content))
+            damaged[place] ^= 1 << random.randrange(8)
+    elif kind == "cut":
+        del damaged[start:]
+    elif kind == "zero":
+        damaged[start:end] = bytes(end - start)
+    elif kind == "double":
+        damaged[start:start] = content[start:end]
+    elif kind == "remove":
+        del damaged[start:end]
+    elif kind == "header":
+        size = random.choice([4, 12, 44, 200])
+        damaged[:size] = other[:size]
+    elif kind == "append":
+        damaged += random.choice([random.randbytes(random.randrange(1, 2_000)), other, bytes(500), b"TAG" + bytes(125)])
+    else:  # sizes and counts, most of which are near the beginning
+        place, size = random.randrange(min(len(content), 100)), random.choice([2, 4])
+        number = random.choice([*_NUMBERS, random.randrange(2**32)]) % 2 ** (8 * size)
+        damaged[place : place + size] = number.to_bytes(size, random.choice(["little", "big"]))
+    return damaged
 
 
 def damage_place(path: Path, random: Random) -> str:

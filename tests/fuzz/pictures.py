@@ -16,7 +16,7 @@ from PIL import Image
 from multidiff.tokenizer import ItemError
 from multidiff_vq import VQTokenizer
 
-_NUMBERS = (0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1)
+from .damage import damage_content
 
 
 @dataclass
@@ -120,30 +120,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _damage(content: bytes, other: bytes, random: Random) -> bytes:
-    damaged = bytearray(content)
-    kind = random.choice(["flip", "flip header", "cut", "zero", "double", "remove", "header", "append", "numbers"])
-    start, end = sorted(random.choices(range(len(content)), k=2))
-    if kind.startswith("flip"):
-        for _ in range(random.choice([1, 1, 2, 10])):
-            place = random.randrange(min(len(content), 100) if "header" in kind else len(content))
-            damaged[place] ^= 1 << random.randrange(8)
-    elif kind == "cut":
-        del damaged[start:]
-    elif kind == "zero":
-        damaged[start:end] = bytes(end - start)
-    elif kind == "double":
-        damaged[start:start] = content[start:end]
-    elif kind == "remove":
-        del damaged[start:end]
-    elif kind == "header":
-        size = random.choice([4, 12, 44, 200])
-        damaged[:size] = other[:size]
-    elif kind == "append":
-        damaged += random.choice([random.randbytes(random.randrange(1, 2_000)), other, bytes(500)])
-    else:  # sizes and counts, most of which are near the beginning
-        place, size = random.randrange(min(len(content), 100)), random.choice([2, 4])
-        number = random.choice([*_NUMBERS, random.randrange(2**32)]) % 2 ** (8 * size)
-        damaged[place : place + size] = number.to_bytes(size, random.choice(["little", "big"]))
+    damaged = damage_content(content, other, random)
     return _with_checksums(damaged) if random.random() < 0.5 else bytes(damaged)
 
 

@@ -12,6 +12,8 @@ import soundfile
 from multidiff.tokenizer import ItemError
 from multidiff_sound.sound import read_sound, to_mono
 
+from .damage import damage_content
+
 _KINDS = {
     "u8.wav": ("WAV", "PCM_U8"),
     "16.wav": ("WAV", "PCM_16"),
@@ -55,7 +57,7 @@ def attempt(state: State, number: int, random: Random) -> str:
     names = sorted(state.contents)
     name = names[number % len(names)]
     whole = state.contents[name]
-    damaged = _damage(whole, state.contents[random.choice(names)], random)
+    damaged = damage_content(whole, state.contents[random.choice(names)], random)
     path = state.folder / f"{number}.{name}"
     path.write_bytes(damaged)
     try:
@@ -72,31 +74,3 @@ def attempt(state: State, number: int, random: Random) -> str:
     assert len(waveform_T) == -(-sound.waveform.shape[1] * 16_000 // sound.sample_rate)
     assert waveform_T.isfinite().all()
     return "read"
-
-
-def _damage(content: bytes, other: bytes, random: Random) -> bytes:
-    damaged = bytearray(content)
-    kind = random.choice(["flip", "flip header", "cut", "zero", "double", "remove", "header", "append", "numbers"])
-    start, end = sorted(random.choices(range(len(content)), k=2))
-    if kind.startswith("flip"):
-        for _ in range(random.choice([1, 1, 2, 10])):
-            place = random.randrange(min(len(content), 100) if "header" in kind else len(content))
-            damaged[place] ^= 1 << random.randrange(8)
-    elif kind == "cut":
-        del damaged[start:]
-    elif kind == "zero":
-        damaged[start:end] = bytes(end - start)
-    elif kind == "double":
-        damaged[start:start] = content[start:end]
-    elif kind == "remove":
-        del damaged[start:end]
-    elif kind == "header":
-        size = random.choice([4, 12, 44, 200])
-        damaged[:size] = other[:size]
-    elif kind == "append":
-        damaged += random.choice([random.randbytes(random.randrange(1, 2_000)), other, bytes(500), b"TAG" + bytes(125)])
-    else:
-        place = random.randrange(min(len(content), 100))
-        number = random.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, random.randrange(2**32)])
-        damaged[place : place + 4] = number.to_bytes(4, random.choice(["little", "big"]))
-    return bytes(damaged)

@@ -6,6 +6,7 @@ Shape suffixes: N latents, D width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from multidiff.callbacks import progress
 from multidiff.optimizer import MuonAdamW
 
 
-class AutoencoderTraining(LightningModule):
+class AutoencoderTraining(LightningModule, ABC):
     """Base of the trainings of tokenizers; a subclass sets `self.model`, and `self.discriminator` where it has one.
 
     A training that has come to its end writes the tokenizer, also one that was resumed there; an interrupted one does
@@ -100,13 +101,13 @@ class AutoencoderTraining(LightningModule):
         return self.revive_below if self.fraction_done < self.revive_until else 0.0
 
     @property
+    @abstractmethod
     def started(self) -> bool:
         """Whether every codebook has been set from latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_tokenizer(self) -> None:
         """Write the tokenizer into `self.folder`."""
-        raise NotImplementedError
 
     def on_fit_end(self) -> None:
         # Not on_train_end: Lightning leaves it out where a checkpoint is at max_steps already.
@@ -129,8 +130,8 @@ class AutoencoderTraining(LightningModule):
     def _tell_of_no_codebook(self) -> None:
         if not self.started:
             rank_zero_info(
-                f"Its codebook has not been trained: training starts it after {self.continuous_steps} steps "
-                "(continuous_steps). To evaluate a trained one, name its checkpoint with --ckpt_path."
+                f"The codebook has not been trained, for training starts it after {self.continuous_steps} steps "
+                "(continuous_steps). Name a checkpoint with --ckpt_path to evaluate a trained one."
             )
 
     def idle_discriminator(self) -> Tensor | float:
