@@ -15,7 +15,7 @@ from PIL import Image
 from demo.report import Frame, Shown, Strip
 from multidiff import Blank, Codes, Given, MultiDiffPipeline
 from multidiff.seeding import generator_for
-from multidiff.sequence import Segment
+from multidiff.sequence.sequencer import Segment
 
 OPEN = (168, 166, 160)  # the colour of what is undecided
 AFTER_END = (255, 255, 255)

@@ -7,13 +7,13 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 _HOME = {
-    "Blank": "pipeline",
-    "Given": "pipeline",
+    "Blank": "generation",
+    "Given": "generation",
     "MaskSampler": "samplers",
-    "MaskedDiffusionTransformer": "transformer",
-    "MultiDiffPipeline": "pipeline",
-    "Partial": "pipeline",
-    "SharedVocabulary": "vocabulary",
+    "MaskedDiffusionTransformer": "models",
+    "MultiDiffPipeline": "generation",
+    "Partial": "generation",
+    "SharedVocabulary": "sequence",
     "Audio": "tokenizer",
     "Codes": "tokenizer",
     "ModalityTokenizer": "tokenizer",

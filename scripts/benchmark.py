@@ -16,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline
-from multidiff.decoding import Decoder, gather
+from multidiff.generation.decoding import Decoder, gather
 from multidiff.seeding import generator_for
-from multidiff.sequence import Segment, Sequencer, TokenBatch
-from multidiff.vocabulary import MASK, SharedVocabulary, TokenizerLayout
+from multidiff.sequence.sequencer import Segment, Sequencer, TokenBatch
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary, TokenizerLayout
 
 
 def decoding(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import sys
 
-from multidiff.generate import main
+from multidiff.cli.generate import main
 
 if __name__ == "__main__":
     main(["image", *sys.argv[1:]], prog="generate_images.py")

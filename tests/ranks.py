@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from multidiff import training
 from multidiff.data import DocumentData
-from multidiff.diffusion import TARGET, Objective, _mask, draw_levels
-from multidiff.optimizer import MuonAdamW
+from multidiff.objectives.diffusion import TARGET, Objective, _mask, draw_levels
 from multidiff.seeding import generator_for
+from multidiff.training import module as training
+from multidiff.training.optimizer import MuonAdamW
 
 TOKENIZERS = {"text": {"plugin": "bpe"}, "shout": {"plugin": "bpe"}}
 QUIET = {

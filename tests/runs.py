@@ -32,7 +32,7 @@ def config(folder, **trainer):
                     {"roles": {"text": "target", "others": "given"}, "drop": 0.2},
                     {"roles": {"others": "target"}, "noise": "shared"},
                 ],
-                "optimizer": {"class_path": "multidiff.optimizer.MuonAdamW", "init_args": {"lr": 0.01}},
+                "optimizer": {"class_path": "multidiff.training.MuonAdamW", "init_args": {"lr": 0.01}},
                 "warmup_steps": 2,
                 "samplers": {"text": {"canvas": {"tokens": 5}}},
             },
@@ -59,11 +59,11 @@ def config(folder, **trainer):
                 "init_args": {"save_dir": str(folder), "name": "", "version": "log"},
             },
             "callbacks": [
-                {"class_path": "multidiff.callbacks.Previews", "init_args": {"num": 2}},
-                {"class_path": "multidiff.callbacks.SaveModel", "init_args": {"folder": str(folder / "model")}},
-                {"class_path": "multidiff.callbacks.AveragedWeights", "init_args": {"decay": 0.9}},
+                {"class_path": "multidiff.training.Previews", "init_args": {"num": 2}},
+                {"class_path": "multidiff.training.SaveModel", "init_args": {"folder": str(folder / "model")}},
+                {"class_path": "multidiff.training.AveragedWeights", "init_args": {"decay": 0.9}},
                 {
-                    "class_path": "multidiff.checkpoints.Checkpoints",
+                    "class_path": "multidiff.training.Checkpoints",
                     "init_args": {
                         "dirpath": str(folder / "checkpoints"),
                         "every_n_train_steps": 1,

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from toys import generator
 
-from multidiff import MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary, cli
-from multidiff.cli import main
+from multidiff import MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary
+from multidiff.cli import main, precision
 from multidiff_bpe import BPETokenizer
 from multidiff_encodec import EncodecTokenizer
 from multidiff_vq import VQTokenizer
@@ -68,7 +68,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 def test_generating_does_not_import_the_training_stack(model):
     code = (
-        "import sys; from multidiff.generate import main; "
+        "import sys; from multidiff.cli.generate import main; "
         f"main(['caption', '--model', {str(model)!r}, sys.argv[1]]); "
         "assert 'lightning' not in sys.modules and 'jsonargparse' not in sys.modules"
     )
@@ -297,8 +297,8 @@ WRONG = {
     "value": (
         [],
         ("others: target", "others: targt"),
-        f"{MODULE}tasks: multidiff.diffusion.Task: roles: expected one of ['target', 'given', 'absent'], got targt. "
-        f"{MODULE_HELP}",
+        f"{MODULE}tasks: multidiff.objectives.diffusion.Task: roles: expected one of ['target', 'given', 'absent'], "
+        f"got targt. {MODULE_HELP}",
     ),
     "type": (["--trainer.max_steps", "few"], "", f"trainer.max_steps: expected int, got few. {HELP}"),
     "class": ([], ("MaskedDiffusionModule", "Masked"), f"has no attribute 'Masked'. {HELP}"),
@@ -359,7 +359,7 @@ def test_ctrl_c_and_a_bug_are_told_apart(monkeypatch, capsys):
         def listing():
             raise error
 
-        monkeypatch.setattr(cli, "_print_plugins", listing)
+        monkeypatch.setattr("multidiff.cli.plugins.main", listing)
 
     raises(KeyboardInterrupt())
     with pytest.raises(SystemExit) as stopped:
@@ -386,5 +386,5 @@ def test_precision_is_the_faster_one(monkeypatch, slow, chosen):
             return torch.zeros(1, 1)
 
     monkeypatch.setattr(torch, "ones", Factor)
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: clock[0])
-    assert cli._measured_precision() == chosen
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
+    assert precision._measured_precision() == chosen

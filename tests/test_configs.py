@@ -11,14 +11,13 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from multidiff import configuration
-from multidiff.cli import main
+from multidiff.cli import configuration, main
 from multidiff_bpe import BPETokenizer
 from multidiff_vq import VQTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-TEMPLATE = ROOT / "multidiff" / "template" / "training.yaml"
+TEMPLATE = ROOT / "multidiff" / "plugins" / "template" / "training.yaml"
 
 
 @pytest.fixture(scope="module")

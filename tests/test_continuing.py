@@ -15,10 +15,10 @@ from lightning.pytorch import Callback
 from runs import config, scalars, write_config, write_folder
 
 from multidiff import MultiDiffPipeline
-from multidiff.callbacks import AveragedWeights
-from multidiff.checkpoints import Checkpoints, WholeFiles
 from multidiff.cli import main
-from multidiff.training import MaskedDiffusionModule
+from multidiff.training.callbacks import AveragedWeights
+from multidiff.training.checkpoints import Checkpoints, WholeFiles
+from multidiff.training.module import MaskedDiffusionModule
 
 
 @pytest.fixture(scope="module")

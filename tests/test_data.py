@@ -18,8 +18,8 @@ from multidiff.data import DocumentData, manifest, tokenized
 from multidiff.data.folder import file_states, read_metadata
 from multidiff.data.length import select
 from multidiff.data.module import Documents
-from multidiff.sequence import MAX_CODES, Sequencer
-from multidiff.vocabulary import SharedVocabulary
+from multidiff.sequence.sequencer import MAX_CODES, Sequencer
+from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff_bpe import BPETokenizer
 
 GOOD = '{"segments": [{"text": "café"}]}'

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from toys import Frames, Grid, generator
 
 from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
-from multidiff.decoding import Decoder
-from multidiff.transformer import MaskedDiffusionTransformer
-from multidiff.vocabulary import MASK, SharedVocabulary
+from multidiff.generation.decoding import Decoder
+from multidiff.models.transformer import MaskedDiffusionTransformer
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Frames, Grid, generator
 
-from multidiff.diffusion import (
+from multidiff.objectives.diffusion import (
     ABSENT,
     GIVEN,
     TARGET,
@@ -22,9 +22,9 @@ from multidiff.diffusion import (
     queries,
     weighted_nats,
 )
-from multidiff.schedule import Cosine, LogLinear
-from multidiff.sequence import Sequencer
-from multidiff.vocabulary import MASK, SharedVocabulary
+from multidiff.processes.schedules import Cosine, LogLinear
+from multidiff.sequence.sequencer import Sequencer
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 
 TOKENIZERS = {"a": Grid(2, 1, 8), "b": Grid(2, 1, 8), "v": Frames((3, 3))}
 VOCABULARY = SharedVocabulary.of(TOKENIZERS)

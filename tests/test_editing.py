@@ -7,7 +7,7 @@ from test_pipeline import make
 from toys import Frames, Grid, generator
 
 from multidiff import Blank, Given
-from multidiff.editing import extend, gap, infill, inpaint, outpaint, refine
+from multidiff.generation.editing import extend, gap, infill, inpaint, outpaint, refine
 
 
 @pytest.fixture(scope="module")

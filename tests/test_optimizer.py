@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toys import generator
 
-from multidiff.optimizer import MuonAdamW
+from multidiff.training.optimizer import MuonAdamW
 
 TARGET = torch.randn(16, 6, generator=generator(1))
 

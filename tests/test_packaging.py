@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidiff.new_tokenizer import write_package
+from multidiff.plugins.scaffold import write_package
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {"melody": ROOT / "tests" / "plugin_example", "labelmap": ROOT / "examples" / "labelmap"}
-TEMPLATE = ROOT / "multidiff" / "template"
+TEMPLATE = ROOT / "multidiff" / "plugins" / "template"
 SHIPPED = {
     "multidiff": ROOT / "multidiff",
     **{
@@ -197,7 +197,7 @@ def normal(requirement):
     ("folder", "extras"),
     [
         ("multidiff", []),
-        ("multidiff/template", ["dev"]),
+        ("multidiff/plugins/template", ["dev"]),
         ("tokenizers", ["quantizers"]),
         ("examples", ["dev"]),
         ("demo", ["demo"]),
@@ -266,7 +266,7 @@ trainer:
   logger: false
   enable_checkpointing: false
   callbacks:
-    - class_path: multidiff.callbacks.SaveModel
+    - class_path: multidiff.training.SaveModel
       init_args: {folder: model}
 """
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from toys import Frames, Grid, generator
 
 from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
-from multidiff.seen import SeenDocuments
-from multidiff.transformer import MaskedDiffusionTransformer
-from multidiff.vocabulary import SharedVocabulary
+from multidiff.models.transformer import MaskedDiffusionTransformer
+from multidiff.sequence.seen import SeenDocuments
+from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff_bpe import BPETokenizer
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multidiff import cli, plugins
+from multidiff import plugins
 from multidiff.cli import main
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
@@ -642,10 +642,10 @@ def test_what_a_plugin_refuses_is_a_sentence_without_a_traceback(install, monkey
         raise error
 
     for raises, error in ((refuse, ValueError("too steep")), (here, ItemError("too steep"))):
-        monkeypatch.setattr(cli, "_print_plugins", lambda raises=raises, error=error: raises(error))
+        monkeypatch.setattr("multidiff.cli.plugins.main", lambda raises=raises, error=error: raises(error))
         with pytest.raises(SystemExit, match=r"^multidiff: too steep$"):
             main(["plugins"])
-    monkeypatch.setattr(cli, "_print_plugins", lambda: here(ValueError("a bug")))
+    monkeypatch.setattr("multidiff.cli.plugins.main", lambda: here(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         main(["plugins"])
 

@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from ranks import QUIET, TOKENIZERS, documents_of, gradient, small_training
 from runs import write_folder
 
-from multidiff import training
 from multidiff.data import DocumentData
+from multidiff.training import module as training
 
 
 @pytest.fixture(scope="module")

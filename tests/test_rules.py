@@ -14,10 +14,10 @@ from test_samplers import conditionals, run
 from toys import generator
 
 from multidiff.samplers import MaskSampler
-from multidiff.samplers.choice import choose
-from multidiff.samplers.count import entropy_bound, factor, threshold
 from multidiff.samplers.order import halton_ranks
-from multidiff.samplers.remask import alphas, sigma
+from multidiff.samplers.remasking import alphas, sigma
+from multidiff.samplers.token_sampling import choose
+from multidiff.samplers.unmasking import entropy_bound, factor, threshold
 
 
 def network(length, size, seed):

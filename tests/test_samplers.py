@@ -12,9 +12,9 @@ from scipy.stats import chisquare
 from toys import generator
 
 from multidiff.samplers import MaskSampler, as_sampler
-from multidiff.samplers.choice import choose
-from multidiff.samplers.count import SCHEDULES
 from multidiff.samplers.guidance import guide, scale_at
+from multidiff.samplers.token_sampling import choose
+from multidiff.samplers.unmasking import SCHEDULES
 
 
 def run(sampler, sample_RN, steps, model, generators, seen=None):

@@ -23,9 +23,10 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 from toys import generator
 
-from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary, saving
-from multidiff.lightning_checkpoint import check_checkpoint
-from multidiff.training import MaskedDiffusionModule
+from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary
+from multidiff.checkpoints import folder as saving
+from multidiff.checkpoints.lightning import check_checkpoint
+from multidiff.training.module import MaskedDiffusionModule
 from multidiff_bpe import BPETokenizer
 
 

@@ -13,9 +13,9 @@ from toys import generator
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MultiDiffPipeline
 from multidiff.cli import main
 from multidiff.data import DocumentData
-from multidiff.editing import extend
+from multidiff.generation.editing import extend
 from multidiff.seeding import generator_for
-from multidiff.seen import SeenDocuments, most_units, usual_units
+from multidiff.sequence.seen import SeenDocuments, most_units, usual_units
 
 VARIES = {"image": False, "text": True}
 

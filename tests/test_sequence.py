@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Frames, Grid
 
-from multidiff.sequence import Sequencer
-from multidiff.vocabulary import BOS, MASK, PAD, SharedVocabulary
+from multidiff.sequence.sequencer import Sequencer
+from multidiff.sequence.vocabulary import BOS, MASK, PAD, SharedVocabulary
 
 TOKENIZERS = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))}
 VOCABULARY = SharedVocabulary.of(TOKENIZERS)

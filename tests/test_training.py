@@ -19,7 +19,7 @@ from multidiff import Blank, Given, MultiDiffPipeline
 from multidiff.cli import main
 from multidiff.data import DocumentData
 from multidiff.data.module import ShuffledBatches
-from multidiff.transformer import MaskedDiffusionTransformer
+from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff_bpe import BPETokenizer
 
 

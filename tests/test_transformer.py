@@ -12,9 +12,7 @@ from toys import Frames, Grid, generator
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from multidiff.diffusion import queries
-from multidiff.sequence import Sequencer
-from multidiff.transformer import (
+from multidiff.models.transformer import (
     KeyValueCache,
     MaskedDiffusionTransformer,
     fourier_features,
@@ -23,7 +21,9 @@ from multidiff.transformer import (
     turn,
     wave_turns,
 )
-from multidiff.vocabulary import MASK, SharedVocabulary
+from multidiff.objectives.diffusion import queries
+from multidiff.sequence.sequencer import Sequencer
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 
 TOKENIZERS = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3))}
 VOCABULARY = SharedVocabulary.of(TOKENIZERS)

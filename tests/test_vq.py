@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from demo.openmoji import catalogue, draw, splits
-from multidiff.optimizer import MuonAdamW
 from multidiff.testing import check_tokenizer
 from multidiff.tokenizer import Codes, ItemError
+from multidiff.training.optimizer import MuonAdamW
 from multidiff_vq import VQTokenizer
 from multidiff_vq.data import BatchesBySize, PictureData
 from multidiff_vq.folder import read_model, write_model

@@ -8,7 +8,7 @@ from typing import cast
 from datasets import Dataset
 
 from multidiff.data.length import Selection
-from multidiff.seen import Orders, Sizes
+from multidiff.sequence.seen import Orders, Sizes
 
 _ROWS_PER_READ = 10_000
 

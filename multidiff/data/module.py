@@ -21,10 +21,10 @@ from multidiff.data.counts import count
 from multidiff.data.folder import SPLITS
 from multidiff.data.length import LongDocuments, Selection, select
 from multidiff.seeding import generator_for
-from multidiff.seen import SeenDocuments, most_units
-from multidiff.sequence import Segment, Sequencer, TokenBatch
+from multidiff.sequence.seen import SeenDocuments, most_units
+from multidiff.sequence.sequencer import Segment, Sequencer, TokenBatch
+from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import Codes
-from multidiff.vocabulary import SharedVocabulary
 
 STAND_IN_EPOCH = -1
 

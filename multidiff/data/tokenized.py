@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from multidiff import files
 from multidiff.data import manifest
 from multidiff.data.folder import SPLITS, Record, file_states, metadata_bytes, parse_metadata
+from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
-from multidiff.vocabulary import SharedVocabulary
 
 OnError = Literal["raise", "skip"]
 _ITEMS_PER_BATCH = 256

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multidiff.samplers.choice import Choice
+from multidiff.samplers.token_sampling import Choice
 
 
 def random(choice: Choice, uniform_M: Tensor) -> Tensor:

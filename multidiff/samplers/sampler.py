@@ -21,12 +21,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from multidiff.samplers.check import check_ids, check_settings, is_place
-from multidiff.samplers.choice import Choice, check_finite, choose, gumbel
-from multidiff.samplers.count import ADAPTIVE, SCHEDULES
 from multidiff.samplers.frames import Frames
 from multidiff.samplers.order import BY_MODEL, BY_PLACE
-from multidiff.samplers.remask import POSTERIOR, alphas, sigma
+from multidiff.samplers.remasking import POSTERIOR, alphas, sigma
+from multidiff.samplers.settings import check_ids, check_settings, is_place
+from multidiff.samplers.token_sampling import Choice, check_finite, choose, gumbel
+from multidiff.samplers.unmasking import ADAPTIVE, SCHEDULES
 
 STEPS = 16  # where nothing says
 RULES = ("forbidden", "forced", "min_length", "max_length")  # what may leave nothing to draw

@@ -14,10 +14,10 @@ import torch
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 from torch import Tensor
 
-from multidiff.samplers.choice import Choice, check_finite
 from multidiff.samplers.frames import Frames
 from multidiff.samplers.sampler import STEPS, MaskSampler, SamplerOutput, State, _uniform
-from multidiff.vocabulary import SharedVocabulary
+from multidiff.samplers.token_sampling import Choice, check_finite
+from multidiff.sequence.vocabulary import SharedVocabulary
 
 Scheduler = AmusedScheduler | BlockRefinementScheduler
 

@@ -9,8 +9,8 @@ from random import Random
 
 import torch
 
-from multidiff.lightning_checkpoint import check_checkpoint
-from multidiff.training import MaskedDiffusionModule
+from multidiff.checkpoints.lightning import check_checkpoint
+from multidiff.training.module import MaskedDiffusionModule
 
 from .damage import damage_bytes, damage_place, damage_value
 from .models import check_sentence, load_and_generate

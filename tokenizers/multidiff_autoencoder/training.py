@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from multidiff.callbacks import progress
-from multidiff.optimizer import MuonAdamW
+from multidiff.training.callbacks import progress
+from multidiff.training.optimizer import MuonAdamW
 
 
 class AutoencoderTraining(LightningModule, ABC):
@@ -34,7 +34,7 @@ class AutoencoderTraining(LightningModule, ABC):
         folder: where the trained tokenizer goes.
         learning_rate: peak; linear warm-up, then a cosine down to 0 at the end of the training.
         muon: Muon for weights of at least 8 rows and 8 columns (of a convolution [first axis, all others]; the first
-            layer may be among them) and AdamW for the rest of the autoencoder, as `multidiff.optimizer.MuonAdamW` has
+            layer may be among them) and AdamW for the rest of the autoencoder, as `multidiff.training.MuonAdamW` has
             them; AdamW for all otherwise. Muon bears several times AdamW's learning rate.
         momentum: AdamW's first β; the second is 0.99, Muon's momentum 0.95.
         warmup_steps: length of the warm-up.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from multidiff.batching import map_batches
+from multidiff.plugins.batching import map_batches
 from multidiff.tokenizer import Audio, Codes, ItemError, ModalityTokenizer
 from multidiff_sound.sound import read_sound, spectrogram, to_mono, write_sound
 

@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from multidiff.batching import map_batches
 from multidiff.files import read_bytes, read_json, write_bytes, write_json
+from multidiff.plugins.batching import map_batches
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 from multidiff_vq.folder import read_model, write_model
 from multidiff_vq.pictures import (

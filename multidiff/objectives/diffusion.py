@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidiff.schedule import LogLinear, Schedule
-from multidiff.sequence import TokenBatch
-from multidiff.vocabulary import MASK, SharedVocabulary, Span
+from multidiff.processes.schedules import LogLinear, Schedule
+from multidiff.sequence.sequencer import TokenBatch
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary, Span
 
 TARGET, GIVEN, ABSENT = 0, 1, 2
 ROLES = {"target": TARGET, "given": GIVEN, "absent": ABSENT}

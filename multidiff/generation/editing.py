@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from multidiff.pipeline import Filled, Given, MultiDiffPipeline, Partial
+from multidiff.generation.pipeline import Filled, Given, MultiDiffPipeline, Partial
 from multidiff.tokenizer import Codes
 
 

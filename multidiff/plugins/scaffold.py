@@ -1,29 +1,16 @@
-"""`multidiff new-tokenizer NAME`: a small complete tokenizer package to start from.
-
-It is `multidiff/template`, a working plugin, with its name replaced.
-"""
+"""A small complete tokenizer package to start from: the template beside this file, a working plugin, renamed."""
 
 from __future__ import annotations
 
-import argparse
 import keyword
 import re
-from collections.abc import Sequence
 from pathlib import Path
+
+from multidiff.files import whole_folder
+from multidiff.plugins import registry
 
 TEMPLATE = Path(__file__).parent / "template"
 _NAME = "series"  # the template's own
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The command; `arguments` are those behind `new-tokenizer`."""
-    parser = argparse.ArgumentParser(prog="multidiff new-tokenizer", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("name", help="of the plugin in YAML: small letters, digits and _, e.g. melody")
-    parser.add_argument("--output", type=Path, help="the folder to write (default: multidiff-NAME)")
-    options = parser.parse_args(arguments)
-    folder = write_package(options.name, options.output or Path(f"multidiff-{options.name}"))
-    print(f"{folder}: a tokenizer that works as it stands; {folder / 'README.md'} says how to make it yours.")
-    print(f"Next: pip install -e {folder} && cd {folder} && python -m pytest test_{options.name}.py")
 
 
 def write_package(name: str, folder: Path) -> Path:
@@ -32,14 +19,11 @@ def write_package(name: str, folder: Path) -> Path:
     Raises:
         ValueError: a name that cannot be one or is taken, or a folder that exists or cannot be written.
     """
-    from multidiff import plugins
-    from multidiff.files import whole_folder
-
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ValueError(f"{name!r} cannot be a plugin's name: use small letters, digits and _, a letter first")
     if name == "text":
         raise ValueError("training.yaml calls the text beside it 'text'; choose another name")
-    if name in plugins.names():
+    if name in registry.names():
         raise ValueError(f"a plugin called {name!r} is installed already; choose another name")
     if folder.exists():
         raise ValueError(f"{folder} exists; name another folder with --output")

@@ -27,21 +27,22 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from multidiff import hub, saving
-from multidiff.decoding import Decision, Decoder, gather
-from multidiff.lightning_checkpoint import load_checkpoint, unpack
+from multidiff.checkpoints import folder as saving
+from multidiff.checkpoints import hub
+from multidiff.checkpoints.lightning import load_checkpoint, unpack
+from multidiff.generation.decoding import Decision, Decoder, gather
+from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff.samplers import MaskSampler
-from multidiff.samplers.check import check_scale, check_steps
-from multidiff.samplers.choice import NotFiniteError
 from multidiff.samplers.scheduler import Samplers, Scheduler
-from multidiff.seen import SeenDocuments
-from multidiff.sequence import Segment, Sequencer, TokenBatch
+from multidiff.samplers.settings import check_scale, check_steps
+from multidiff.samplers.token_sampling import NotFiniteError
+from multidiff.sequence.seen import SeenDocuments
+from multidiff.sequence.sequencer import Segment, Sequencer, TokenBatch
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 from multidiff.tokenizer import Codes, ModalityTokenizer
-from multidiff.transformer import MaskedDiffusionTransformer
-from multidiff.vocabulary import MASK, SharedVocabulary
 
 if TYPE_CHECKING:
-    from multidiff.training import MaskedDiffusionModule
+    from multidiff.training.module import MaskedDiffusionModule
 
 _SHORT = Repr()
 _SHORT.maxother = _SHORT.maxstring = 60
@@ -76,7 +77,7 @@ class Blank:
 class Partial:
     """A segment to fill in where `known_N` is False; known codes come back as they are.
 
-    `multidiff.editing` makes them: masked spans, regions of pictures, gaps in sounds, continuations.
+    `multidiff.generation.editing` makes them: masked spans, regions of pictures, gaps in sounds, continuations.
 
     Args:
         codes: as `tokenizer.encode` returns them; arbitrary valid ids where unknown.

@@ -23,8 +23,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from multidiff.sequence.vocabulary import BOS, PAD, SharedVocabulary
 from multidiff.tokenizer import Codes, ModalityTokenizer
-from multidiff.vocabulary import BOS, PAD, SharedVocabulary
 
 MAX_CODES = 2**20  # of a segment: no model attends to half an hour of sound at 600 codes a second
 

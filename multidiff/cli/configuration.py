@@ -36,7 +36,7 @@ _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def shipped() -> dict[str, Path]:
     """The configurations that come with multidiff, by name: "digits", "tokenizers/vq_digits" …"""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     folder = next(place for place in (here / "configs", here.parent / "configs") if place.is_dir())
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 

@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multidiff.models.transformer import KeyValueCache, MaskedDiffusionTransformer
 from multidiff.samplers import MaskSampler, State
-from multidiff.samplers.count import ADAPTIVE
 from multidiff.samplers.guidance import guide, scale_at
 from multidiff.samplers.sampler import current_block
-from multidiff.sequence import TokenBatch
-from multidiff.transformer import KeyValueCache, MaskedDiffusionTransformer
-from multidiff.vocabulary import MASK, SharedVocabulary
+from multidiff.samplers.unmasking import ADAPTIVE
+from multidiff.sequence.sequencer import TokenBatch
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 
 
 class Decision(NamedTuple):

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from multidiff import __version__, files, plugins
+from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff.samplers import MaskSampler
-from multidiff.samplers.check import check_ids
 from multidiff.samplers.scheduler import SchedulerSampler
-from multidiff.seen import SeenDocuments
-from multidiff.sequence import Sequencer
+from multidiff.samplers.settings import check_ids
+from multidiff.sequence.seen import SeenDocuments
+from multidiff.sequence.sequencer import Sequencer
+from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import ModalityTokenizer
-from multidiff.transformer import MaskedDiffusionTransformer
-from multidiff.vocabulary import SharedVocabulary
 
 if TYPE_CHECKING:
-    from multidiff.pipeline import MultiDiffPipeline
+    from multidiff.generation.pipeline import MultiDiffPipeline
 
 Parts = tuple[
     MaskedDiffusionTransformer,
@@ -45,7 +45,7 @@ _FOLDERS = {"transformer", "tokenizers"}
 PATTERNS = sorted(_FILES - _FOLDERS | {f"{name}/*" for name in _FOLDERS})  # what a download of a model takes
 _INDEX = {
     "_class_name": "MultiDiffPipeline",
-    "transformer": ["multidiff.transformer", "MaskedDiffusionTransformer"],
+    "transformer": ["multidiff.models", "MaskedDiffusionTransformer"],
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from multidiff.samplers.count import ADAPTIVE, SCHEDULES
 from multidiff.samplers.guidance import check_guidance
 from multidiff.samplers.order import BY_MODEL, BY_PLACE
-from multidiff.samplers.remask import POSTERIOR, REMASKS
+from multidiff.samplers.remasking import POSTERIOR, REMASKS
+from multidiff.samplers.unmasking import ADAPTIVE, SCHEDULES
 
 LARGEST = 1_000_000  # beyond it, products of settings and log-probabilities leave the range of floats
 CACHES = ("none", "approximate_prefix", "approximate_dual")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from multidiff import files, plugins
-from multidiff.saving import Parts, first_line, load_samplers, load_tokenizer, restore_transformer
-from multidiff.seen import SeenDocuments
+from multidiff.checkpoints.folder import Parts, first_line, load_samplers, load_tokenizer, restore_transformer
+from multidiff.sequence.seen import SeenDocuments
+from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import ModalityTokenizer
-from multidiff.vocabulary import SharedVocabulary
 
 KEY = "multidiff"  # of what the module adds to a checkpoint
 

@@ -27,7 +27,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multidiff.vocabulary import Span
+from multidiff.sequence.vocabulary import Span
 
 INITIAL_STD = 0.02
 

@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from multidiff import plugins, saving
-from multidiff.callbacks import progress
+from multidiff import plugins
+from multidiff.checkpoints import folder as saving
+from multidiff.checkpoints.lightning import KEY, pack
 from multidiff.data import DocumentData
-from multidiff.diffusion import (
+from multidiff.objectives.diffusion import (
     ABSENT,
     GIVEN,
     TARGET,
@@ -28,11 +29,11 @@ from multidiff.diffusion import (
     queries,
     weighted_nats,
 )
-from multidiff.lightning_checkpoint import KEY, pack
 from multidiff.seeding import generator_for
-from multidiff.seen import SeenDocuments
-from multidiff.sequence import TokenBatch
-from multidiff.vocabulary import SharedVocabulary
+from multidiff.sequence.seen import SeenDocuments
+from multidiff.sequence.sequencer import TokenBatch
+from multidiff.sequence.vocabulary import SharedVocabulary
+from multidiff.training.callbacks import progress
 
 _WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 
@@ -257,7 +258,7 @@ class MaskedDiffusionModule(LightningModule):
         if any(isinstance(callback, EMAWeightAveraging) for callback in self.trainer.callbacks):  # pyright: ignore
             raise ValueError(
                 "Lightning's EMAWeightAveraging saves initial weights when a run ends before averaging starts. "
-                "Use multidiff.callbacks.AveragedWeights, with start_step in place of update_starting_at_step."
+                "Use multidiff.training.AveragedWeights, with start_step in place of update_starting_at_step."
             )
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "vocabulary"):

@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multidiff.cli.errors import reported
+
 if TYPE_CHECKING:
-    from multidiff.pipeline import Blank, Filled, Given, MultiDiffPipeline
+    from multidiff.generation.pipeline import Blank, Filled, Given, MultiDiffPipeline
 
 _BATCH = 64
 _EPILOG = """examples:
@@ -35,14 +37,9 @@ def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
     parser = _parser(preset, prog)
     rest, overrides = _overrides(parser, arguments[1:] if preset else arguments)
     options = parser.parse_args(rest)
-    from multidiff.cli import stop
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = partial(_show, warnings.showwarning)
-            _generate(preset, options, overrides)
-    except (ValueError, ImportError, OSError) as error:
-        stop(error)
+    with reported(), warnings.catch_warnings():
+        warnings.showwarning = partial(_show, warnings.showwarning)
+        _generate(preset, options, overrides)
 
 
 def _show(
@@ -138,7 +135,7 @@ def _positive(text: str) -> int:
 def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> None:
     import torch
 
-    from multidiff.pipeline import MultiDiffPipeline
+    from multidiff.generation.pipeline import MultiDiffPipeline
     from multidiff.samplers import MaskSampler
     from multidiff.seeding import generator_for
 
@@ -184,7 +181,7 @@ def _types() -> mimetypes.MimeTypes:
 def _documents(
     preset: str | None, options: argparse.Namespace, pipeline: MultiDiffPipeline
 ) -> list[list[Given | Blank]]:
-    from multidiff.pipeline import Blank
+    from multidiff.generation.pipeline import Blank
 
     if preset == "caption":
         text = _named(pipeline, "text")
@@ -218,7 +215,7 @@ def _ordered(document: list[Given | Blank], pipeline: MultiDiffPipeline) -> list
 
 def _given(pipeline: MultiDiffPipeline, name: str, value: str) -> Given:
     """What a file or a prompt holds. A text must fit the canvas that the model writes texts on, its end included."""
-    from multidiff.pipeline import Given
+    from multidiff.generation.pipeline import Given
 
     item = pipeline.tokenizers[name].read(value, Path())
     canvas = pipeline.samplers[name].config["canvas"]
@@ -253,7 +250,7 @@ def _deliver(
 ) -> None:
     """Print texts, write everything else and print its path."""
     from multidiff.files import naming
-    from multidiff.pipeline import Given
+    from multidiff.generation.pipeline import Given
 
     made = [part for part, request in zip(document, asked, strict=True) if not isinstance(request, Given)]
     for place, part in enumerate(made):

@@ -22,7 +22,7 @@ from multidiff.seeding import generator_for
 from multidiff.tokenizer import Audio
 
 if TYPE_CHECKING:
-    from multidiff.pipeline import MultiDiffPipeline
+    from multidiff.generation.pipeline import MultiDiffPipeline
 
 
 def progress(trainer: Trainer, step: int) -> float:
@@ -193,7 +193,7 @@ class Previews(Callback):
         pl_module.train(training)
 
     def _log(self, trainer: Trainer, pipeline: MultiDiffPipeline, name: str) -> None:
-        from multidiff.pipeline import Blank, Partial
+        from multidiff.generation.pipeline import Blank, Partial
 
         documents = trainer.datamodule.documents("validation")  # pyright: ignore[reportAttributeAccessIssue]
         blanked = []
@@ -232,7 +232,7 @@ def _show(writer: Any, tag: str, item: Any, tokenizer: Any, step: int) -> None:
 
 
 def _pipeline(trainer: Trainer, pl_module: Any) -> MultiDiffPipeline:
-    from multidiff.pipeline import MultiDiffPipeline
+    from multidiff.generation.pipeline import MultiDiffPipeline
 
     tokenizers: Mapping[str, Any] = trainer.datamodule.tokenizers  # pyright: ignore[reportAttributeAccessIssue]
     return MultiDiffPipeline.from_module(pl_module, tokenizers)

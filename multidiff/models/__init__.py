@@ -1,0 +1,5 @@
+"""The denoiser."""
+
+from multidiff.models.transformer import MaskedDiffusionTransformer
+
+__all__ = ["MaskedDiffusionTransformer"]

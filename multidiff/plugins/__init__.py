@@ -1,0 +1,6 @@
+"""Tokenizers as plugins: the registry of entry points, the batching that neural ones need, a package to start from."""
+
+from multidiff.plugins.batching import map_batches
+from multidiff.plugins.registry import GROUP, Report, build, is_ours, load, name_of, names, survey
+
+__all__ = ["GROUP", "Report", "build", "is_ours", "load", "map_batches", "name_of", "names", "survey"]
