@@ -36,7 +36,7 @@ class _Subject(NamedTuple):
 
 _SUBJECTS = {
     "digits": _Subject(
-        Path("runs/demo"), 4.8, 10_000, "--num", 512, ("--model.init_args.samplers.image", json.dumps(_IMAGES))
+        Path("runs/demo"), 4.8, 10_000, "--num-samples", 512, ("--model.init_args.samplers.image", json.dumps(_IMAGES))
     ),
     "emoji": _Subject(Path("runs/emoji"), 20, 64, "--pictures", 1024),
 }
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="of the model (default: configs/SUBJECT.yaml)")
     parser.add_argument("--minutes", type=float, help="of training (default: 4.8, of emoji 20)")
     parser.add_argument("--pictures", type=int, help="in the data set (default: 10000; of each emoji 64)")
-    parser.add_argument("--num", type=int, default=320, help="samples judged in each direction (default: 320)")
+    parser.add_argument("--num-samples", type=int, default=320, help="samples judged in each direction (default: 320)")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights, noise and sampling (default: 0)")
     parser.add_argument("--fresh", action="store_true", help="train and judge again; data stay")
     return parser
@@ -117,7 +117,17 @@ def _stages(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     ]
     prepare = ["python", f"scripts/prepare_{options.subject}.py", "--output", data, "--seed", seed]
     tokenize = ["python", "-m", "multidiff_bpe", "--data", data, "--vocab-size", str(subject.vocab_size)]
-    judge = ["python", "-m", "demo.evaluate", "--output", output, "--seed", seed, "--num", str(options.num)]
+    judge = [
+        "python",
+        "-m",
+        "demo.evaluate",
+        "--output",
+        output,
+        "--seed",
+        seed,
+        "--num-samples",
+        str(options.num_samples),
+    ]
     return {
         "data": [*prepare, subject.option, pictures],
         "text tokenizer": [*tokenize, "--output", text],

@@ -234,7 +234,7 @@ def _played(sound: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _utterances(word: str, voices: tuple[str, ...], count: int, random: np.random.Generator) -> list[Utterance]:
-    """`count` ways to say a word, no two alike, every voice about as often as every other."""
+    """`unmasking` ways to say a word, no two alike, every voice about as often as every other."""
     styles = list(product(SPEEDS, PITCHES))
     manners = {voice: random.permutation(len(styles)) for voice in voices}
     turns = [(round_, voice) for round_ in range(-(-count // len(voices))) for voice in random.permutation(voices)]

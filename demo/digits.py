@@ -40,9 +40,9 @@ def prepare(
         ValueError: an impossible `num` or `moved`, or an `output` that holds something else.
     """
     if not 20 <= num <= 10_000:
-        raise ValueError(f"--num must be 20 to 10000, got {num}")
+        raise ValueError(f"--num-samples must be 20 to 10000, got {num}")
     if moved < 0:
-        raise ValueError(f"--moved must be 0 or more, got {moved}")
+        raise ValueError(f"--num-augmentations must be 0 or more, got {moved}")
     stamp = {"subject": "digits", "seed": seed, "num": num, "moved": moved}
     if not is_current(output, stamp) or force:
         write(corpus(num, seed), output, stamp, seed=seed, moved=moved, progress=progress)

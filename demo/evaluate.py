@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of a training (runs/demo)")
     parser.add_argument("--data", type=Path, help="data folder (default: `data` in the output folder)")
-    parser.add_argument("--num", type=int, default=320, help="samples judged in each direction (default: 320)")
+    parser.add_argument("--num-samples", type=int, default=320, help="samples judged in each direction (default: 320)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (default: as saved with the model)")
     parser.add_argument("--seed", type=int, default=0, help="of judges and sampling (default: 0)")
     options = parser.parse_args(arguments)

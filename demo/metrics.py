@@ -197,7 +197,7 @@ def diversity(judge: Judge, samples: Sequence[Sample], reconstructions: Sequence
 
 
 def bounds(test: Mapping[str, float]) -> dict[str, Any]:
-    """`multidiff test`'s results ("test/text/given": 1.2, "test/joint": 2.3) by tokenizer, in nats per token."""
+    """`multidiff test`'s results ("test/text/conditional": 1.2, "test/joint": 2.3) by tokenizer, in nats per token."""
     nested: dict[str, Any] = {}
     for key, value in test.items():
         stage, *path = key.split("/")

@@ -101,7 +101,7 @@ def prepare(
         ImportError: the pictures or their names are not installed.
     """
     if size < 1 or moved < 0:
-        raise ValueError(f"--size must be 1 or more and --moved 0 or more, got {size} and {moved}")
+        raise ValueError(f"--size must be 1 or more and --num-augmentations 0 or more, got {size} and {moved}")
     stamp = {"subject": "openmoji", "seed": seed, "size": size, "moved": moved}
     if is_current(output, stamp) and not force:
         return output

@@ -154,7 +154,8 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[float, float]]]:
 def loss_panels(
     scalars: Mapping[str, Sequence[tuple[float, float]]],
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Scalars by panel and series: "train/text" -> train: text; "validation/text/given" -> validation, given: text."""
+    """Scalars by panel and series: "train/text" -> train: text, "validation/text/conditional" -> validation,
+    conditional: text."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for tag, points in scalars.items():
         stage, *path = tag.split("/")

@@ -12,7 +12,7 @@ _HOME = {
     "MaskSampler": "samplers",
     "MaskedDiffusionTransformer": "models",
     "MultiDiffPipeline": "generation",
-    "Partial": "generation",
+    "Masked": "generation",
     "SharedVocabulary": "sequence",
     "Audio": "tokenizer",
     "Codes": "tokenizer",

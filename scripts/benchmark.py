@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline
-from multidiff.generation.decoding import Decoder, gather
+from multidiff.generation.decoding import Decoder, make_runs
 from multidiff.seeding import generator_for
 from multidiff.sequence.sequencer import Segment, Sequencer, TokenBatch
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary, TokenizerLayout
@@ -33,8 +33,8 @@ def decoding(arguments: argparse.Namespace) -> dict[str, Any]:
     model.eval().to(device)
     result: dict[str, Any] = {"vocabulary": vocabulary.rows, "span": arguments.span, "device": device}
     print("| target | batch | loop | passes | tokens/s | times as fast |\n|---|---|---|---|---|---|")
-    settings: dict[str, Any] = {"count": "linear", "order": "confidence"}
-    blocks = {"block_size": arguments.block, "cache": "approximate_dual"}
+    settings: dict[str, Any] = {"unmasking": "linear", "order": "confidence"}
+    blocks = {"block_length": arguments.block, "cache": "approximate_dual"}
     cases = [(256, 256, 64, settings, "ours"), (1024, 256, 256, {**settings, **blocks}, "ours, blocks and dual cache")]
     for target, known, steps, options, name in cases:
         for size in arguments.batch:
@@ -65,7 +65,9 @@ def _documents(vocabulary: SharedVocabulary, size: int, known: int, target: int)
 @torch.no_grad()
 def _ours(model: Any, vocabulary: Any, batch: Any, sampler: MaskSampler, steps: int, most: int | None = None) -> float:
     inside_S = torch.zeros_like(batch.document_S)
-    runs = gather(batch, inside_S, torch.ones_like(inside_S), vocabulary, {"target": sampler, "given": sampler}, steps)
+    runs = make_runs(
+        batch, inside_S, torch.ones_like(inside_S), vocabulary, {"target": sampler, "given": sampler}, steps
+    )
     generators = [generator_for(0, row) for row in range(batch.num_documents)]
     decoder = Decoder(model, vocabulary, batch, runs, {}, generators)
     _wait()
@@ -111,11 +113,14 @@ ORDERS = {"text": ("random", "confidence", "margin", "entropy", "left_to_right")
 TASKS = {"image_to_text": ("image", "text"), "text_to_image": ("text", "image"), "text_to_audio": ("text", "speech")}
 ADAPTIVE = [
     *(
-        {"order": "confidence", "count": "threshold", "threshold": value}
+        {"order": "confidence", "unmasking": "threshold", "threshold": value}
         for value in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     ),
-    *({"order": "confidence", "count": "factor", "factor": value} for value in (1.0, 2.0, 4.0, 8.0)),
-    *({"order": "entropy", "count": "entropy_bound", "entropy_bound": value} for value in (1.0, 3.0, 8.0, 12.0, 16.0)),
+    *({"order": "confidence", "unmasking": "factor", "factor": value} for value in (1.0, 2.0, 4.0, 8.0)),
+    *(
+        {"order": "entropy", "unmasking": "entropy_bound", "entropy_bound": value}
+        for value in (1.0, 3.0, 8.0, 12.0, 16.0)
+    ),
 ]
 
 
@@ -134,7 +139,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     plans = [(task, options) for task, (_, made) in TASKS.items() for options in _plans(pipe, made)]
     for task, options in tqdm(plans, desc="sampling", leave=False):
         given, made = TASKS[task]
-        pairs = pairs_of(records, given, made)[: arguments.num]
+        pairs = pairs_of(records, given, made)[: arguments.num_samples]
         items = [pipe.tokenizers[given].read(value, arguments.data) for value, _ in pairs]
         labels_N = torch.tensor([label_of(value[1] if given == "text" else value[0], names) for value in pairs])
         saved = pipe.samplers[made]
@@ -152,7 +157,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
             {
                 "task": task,
                 "order": options["order"],
-                "count": options["count"],
+                "unmasking": options["unmasking"],
                 "rule": _rule(options),
                 "adaptive": "num_inference_steps" not in options,
                 "score": float((judged == labels_N).float().mean()),
@@ -170,7 +175,7 @@ def _plans(pipe: MultiDiffPipeline, made: str) -> list[dict[str, Any]]:
     number = len(pipe.sequencer.blank(made, pipe.samplers[made].settings["canvas"] or {}))
     steps = sorted({max(1, number // parts) for parts in (8, 4, 2, 1)})
     scheduled = [
-        {"order": order, "count": count, "num_inference_steps": number_of}
+        {"order": order, "unmasking": count, "num_inference_steps": number_of}
         for order in ORDERS[made]
         for count in ("linear", "cosine", "arccos")
         for number_of in steps
@@ -180,7 +185,7 @@ def _plans(pipe: MultiDiffPipeline, made: str) -> list[dict[str, Any]]:
 
 
 def _rule(options: dict[str, Any]) -> str:
-    value = options.get("num_inference_steps", options.get(options["count"]))
+    value = options.get("num_inference_steps", options.get(options["unmasking"]))
     return f"{options['count']} {value}"
 
 
@@ -188,11 +193,11 @@ def _print_tables(rows: list[dict[str, Any]]) -> None:
     """Right answers by order and schedule, in as many forward passes as it says; then what adaptive rules take."""
     for task in TASKS:
         mine = [row for row in rows if row["task"] == task and not row["adaptive"]]
-        columns = sorted({(row["nfe"], row["count"]) for row in mine}, key=lambda column: (-column[0], column[1]))
+        columns = sorted({(row["nfe"], row["unmasking"]) for row in mine}, key=lambda column: (-column[0], column[1]))
         print(f"\n| {task} | {' | '.join(f'{count}, {nfe:.0f} passes' for nfe, count in columns)} |")
         print("|---" * (1 + len(columns)) + "|")
         for order in dict.fromkeys(row["order"] for row in mine):
-            scores = {(row["nfe"], row["count"]): row["score"] for row in mine if row["order"] == order}
+            scores = {(row["nfe"], row["unmasking"]): row["score"] for row in mine if row["order"] == order}
             cells = [f"{scores[column]:.3f}" if column in scores else "" for column in columns]
             print(f"| {order} | {' | '.join(cells)} |")
     adaptive = [row for row in rows if row["adaptive"]]
@@ -260,14 +265,14 @@ def main() -> None:
     speed.add_argument("--vocabulary", type=int, default=65_536, help="of all tokenizers together")
     speed.add_argument("--span", type=int, default=8_192, help="of the tokenizer to fill in")
     speed.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="documents at a time")
-    speed.add_argument("--block", type=int, default=64, help="block_size of the run with caches")
+    speed.add_argument("--block", type=int, default=64, help="block_length of the run with caches")
     speed.add_argument("--plain-steps", type=int, default=3, help="how many steps of the plain loop to time")
     speed.set_defaults(run=decoding)
     help_ = "quality against work for all orders and counts"
     quality = commands.add_parser("sampling", help=help_, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     quality.add_argument("--model", type=Path, default=Path("runs/demo/model"), help="a model of a demo")
     quality.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="its data folder")
-    quality.add_argument("--num", type=int, default=200, help="test documents a task")
+    quality.add_argument("--num-samples", type=int, default=200, help="test documents a task")
     quality.add_argument("--seed", type=int, default=0, help="of judges and draws")
     quality.add_argument("--plot", type=Path, default=Path("assets/sampling.png"), help="where the plot goes")
     quality.set_defaults(run=sampling)

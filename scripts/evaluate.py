@@ -49,7 +49,7 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every number of one tokenizer, by what it says."""
     made = plugins.build({arguments.name: arguments.tokenizer})[arguments.name]
     made.to("cuda" if torch.cuda.is_available() else "cpu")
-    values = _values(arguments, arguments.split)[: arguments.num]
+    values = _values(arguments, arguments.split)[: arguments.num_samples]
     # In the order in which a data folder is tokenized.
     states = file_states(arguments.data, values)
     values.sort(key=lambda value: states.get(str(value), (0, 0))[0], reverse=True)
@@ -267,7 +267,7 @@ def main() -> None:
     one.add_argument("--name", required=True, help="its key in the data folder's metadata.jsonl")
     one.add_argument("--data", type=Path, required=True, help="a data folder")
     one.add_argument("--split", default="test", help="train, validation or test (default: test)")
-    one.add_argument("--num", type=int, default=1000, help="the most items (default: 1000)")
+    one.add_argument("--num-samples", type=int, default=1000, help="the most items (default: 1000)")
     one.add_argument("--batch", type=int, default=256, help="items at a time (default: 256)")
     one.add_argument(
         "--judge", metavar="KEY", help="segment that is the class of an item, not a caption: how well it is kept"

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/openmoji"), help="the folder (default: %(default)s)")
     parser.add_argument("--size", type=int, default=32, help="pixels a side (default: %(default)s)")
     parser.add_argument(
-        "--moved", type=int, default=12, help="moved drawings of each to train on (default: %(default)s)"
+        "--num-augmentations", type=int, default=12, help="moved drawings of each to train on (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out, and moves (default: 0)")
     parser.add_argument("--force", action="store_true", help="make it anew even if it is there")

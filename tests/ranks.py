@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from multidiff.data import DocumentData
-from multidiff.objectives.diffusion import TARGET, Objective, _mask, draw_levels
+from multidiff.data import DocumentDataModule
+from multidiff.objectives.diffusion import TARGET, Objective, _mask, draw_times
 from multidiff.seeding import generator_for
 from multidiff.training import module as training
 from multidiff.training.optimizer import MuonAdamW
@@ -50,8 +50,8 @@ def corrupt(batch, role_S, t_S, schedule, generator):
 def gradient(documents, sequencer, normalisation, accumulate=1, **trainer):
     """The gradient of an optimizer step over batches of documents."""
     torch.manual_seed(0)
-    training.draw_roles, training.draw_levels, training.corrupt = roles, draw_levels, corrupt
-    objective = Objective(weighting="none", normalisation=normalisation, importance={"text": 3.0})
+    training.draw_roles, training.draw_times, training.corrupt = roles, draw_times, corrupt
+    objective = Objective(weighting="none", normalisation=normalisation, loss_weights={"text": 3.0})
     module = ByDocument(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2}, objective=objective)
     # A row for each document, as long as its longest: what stands beside a document makes no difference.
     batches = [sequencer.batch(some) for some in documents]
@@ -61,14 +61,14 @@ def gradient(documents, sequencer, normalisation, accumulate=1, **trainer):
 
 
 def documents_of(folder):
-    data = DocumentData(str(folder), TOKENIZERS, row_length=None)
+    data = DocumentDataModule(str(folder), TOKENIZERS, row_length=None)
     documents = data.documents("train")
     return [documents[0, index] for index in range(len(documents) - 8, len(documents))], data.sequencer
 
 
 def small_training(folder, checkpoint=None, batch_size=2, **trainer):
     """The error that ends a training on data with few documents; None where it ends well."""
-    data = DocumentData(str(folder), TOKENIZERS, batch_size=batch_size, row_length=40)
+    data = DocumentDataModule(str(folder), TOKENIZERS, batch_size=batch_size, row_length=40)
     module = training.MaskedDiffusionModule(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
     fit = Trainer(**{**QUIET, "max_steps": 4, "num_sanity_val_steps": 0, **trainer})
     try:

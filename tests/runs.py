@@ -29,7 +29,7 @@ def config(folder, **trainer):
                 "tokenizers": tokenizers,
                 "transformer": {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
                 "tasks": [
-                    {"roles": {"text": "target", "others": "given"}, "drop": 0.2},
+                    {"roles": {"text": "target", "others": "given"}, "condition_dropout": 0.2},
                     {"roles": {"others": "target"}, "noise": "shared"},
                 ],
                 "optimizer": {"class_path": "multidiff.training.MuonAdamW", "init_args": {"lr": 0.01}},
@@ -38,13 +38,13 @@ def config(folder, **trainer):
             },
         },
         "data": {
-            "class_path": "multidiff.data.DocumentData",
+            "class_path": "multidiff.data.DocumentDataModule",
             "init_args": {
                 "folder": str(folder / "data"),
                 "tokenizers": "${model.init_args.tokenizers}",
                 "batch_size": 4,
                 "row_length": 40,
-                "slack": {"text": 3},
+                "max_eos_padding": {"text": 3},
             },
         },
         "trainer": {

@@ -90,7 +90,9 @@ def test_plugins_lists_the_first_party_without_importing_their_models():
 
 
 def test_captions(model, files, capsys):
-    main(["generate", "caption", "--model", str(model), str(files / "a.png"), str(files / "b.wav"), "--num", "2"])
+    main(
+        ["generate", "caption", "--model", str(model), str(files / "a.png"), str(files / "b.wav"), "--num-samples", "2"]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[0] for line in lines] == [
         str(files / name) for name in ("a.png", "a.png", "b.wav", "b.wav")
@@ -99,7 +101,7 @@ def test_captions(model, files, capsys):
 
 def test_images_from_every_condition(model, files, tmp_path, capsys):
     conditions = ["--prompt", "one", "--audio", str(files / "b.wav"), "--image", str(files / "a.png")]
-    options = ["--num", "3", "--output", str(tmp_path), "--guidance", "2", "--steps", "2"]
+    options = ["--num-samples", "3", "--output", str(tmp_path), "--guidance", "2", "--steps", "2"]
     main(["generate", "image", "--model", str(model), *conditions, *options])
     written = capsys.readouterr().out.splitlines()
     assert [Path(line).name for line in written] == ["image-000.png", "image-001.png", "image-002.png"]
@@ -162,7 +164,7 @@ def test_decoding_settings_on_the_command_line(model, files, capsys):
         "--sampler.text.temperature=0", "--sampler.text.order=margin", "--seed", "9"
     )
     everything_but_zero = ",".join(str(code) for code in range(1, 257))
-    assert caption(f"--sampler.text.forbidden=[{everything_but_zero}]").strip() == "!" * 5
+    assert caption(f"--sampler.text.suppress_tokens=[{everything_but_zero}]").strip() == "!" * 5
     main(["generate", "caption", "--model", str(model), "--sampler.text.temperature", "0", str(files / "a.png")])
     assert capsys.readouterr().out.split("\t")[1] == caption("--sampler.text.temperature=0")
     order = "--sampler.text.order"
@@ -170,7 +172,7 @@ def test_decoding_settings_on_the_command_line(model, files, capsys):
         with pytest.raises(SystemExit):
             caption(*wrong)
         assert "--sam" in capsys.readouterr().err
-    assert caption("--sampler.text.count=linear", "--sampler.text.block_size=2") != plain
+    assert caption("--sampler.text.unmasking=linear", "--sampler.text.block_length=2") != plain
     assert caption() == plain
 
 
@@ -258,7 +260,7 @@ def test_a_run_is_overwritten_by_fit_alone(capsys):
 def test_numbers_of_samples_and_steps(model, capsys):
     for wrong in ("0", "-1", "1e5", "x", "9" * 5000):
         with pytest.raises(SystemExit):
-            main(["generate", "--model", str(model), "--fill", "text", "--num", wrong])
+            main(["generate", "--model", str(model), "--fill", "text", "--num-samples", wrong])
         assert "is not a whole number from 1" in capsys.readouterr().err
 
 
@@ -281,7 +283,7 @@ model:
   class_path: multidiff.training.MaskedDiffusionModule
   init_args: {tokenizers: {text: {plugin: bpe}}, tasks: [{roles: {others: target}}]}
 data:
-  class_path: multidiff.data.DocumentData
+  class_path: multidiff.data.DocumentDataModule
   init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}"}
 """
 MODULE, HELP = "model: multidiff.training.MaskedDiffusionModule: ", "`multidiff fit --help` explains the options."
@@ -329,7 +331,7 @@ def test_a_training_needs_a_configuration(capsys):
 @pytest.mark.parametrize(
     ("arguments", "explained"),
     [
-        ([], {"--model.init_args.tasks", "--data.init_args.slack", "--data.init_args.row_length"}),
+        ([], {"--model.init_args.tasks", "--data.init_args.max_eos_padding", "--data.init_args.row_length"}),
         (["--config", "digits"], {"--model.init_args.tokenizers", "--data.init_args.on_error"}),
         (["--config", "vq_digits"], {"--model.init_args.revive_below", "--data.init_args.channels"}),
         (["--config=vq_digits"], {"--model.init_args.revive_below", "--data.init_args.channels"}),

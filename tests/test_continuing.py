@@ -34,7 +34,7 @@ def settings(folder, data, start_step=0, every=100, extra=(), **trainer):
     checkpoints["init_args"] = {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": every, "save_top_k": 0}
     made["trainer"]["callbacks"] = [average, save, *extra, checkpoints]  # in another order than the configs have
     made["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
-    made["model"]["init_args"]["final_lr"] = 1.0  # or the learning rate would know where the run ends
+    made["model"]["init_args"]["min_lr_ratio"] = 1.0  # or the learning rate would know where the run ends
     made["trainer"]["limit_val_batches"] = 1
     return made
 
@@ -91,10 +91,10 @@ def test_a_run_shorter_than_the_averaging_saves_what_it_trained(data, tmp_path):
     live = {name: value for name, value in last["current_model_state"].items() if name.startswith("transformer.")}
     arguments = config(tmp_path)["model"]["init_args"]
     initial = MaskedDiffusionModule(arguments["tokenizers"], arguments["transformer"])
-    name = "transformer.blocks.0.mlp.down.weight"
+    name = "transformer.layers.0.mlp.down.weight"
     assert not torch.equal(live[name], initial.state_dict()[name])
     assert same(live, last["state_dict"])
-    assert torch.equal(weights(tmp_path)["blocks.0.mlp.down.weight"], live[name])
+    assert torch.equal(weights(tmp_path)["layers.0.mlp.down.weight"], live[name])
 
 
 def test_the_average_follows_its_definition(data, tmp_path):

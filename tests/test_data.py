@@ -14,7 +14,7 @@ from fuzz import metadata as metadata_fuzz
 from fuzz import shards as shards_fuzz
 from toys import Frames, Grid
 
-from multidiff.data import DocumentData, manifest, tokenized
+from multidiff.data import DocumentDataModule, manifest, tokenized
 from multidiff.data.folder import file_states, read_metadata
 from multidiff.data.length import select
 from multidiff.data.module import Documents
@@ -33,7 +33,7 @@ def write(folder, *lines):
 
 
 def data_of(folder, **options):
-    return DocumentData(str(folder), {"text": {"plugin": "bpe", "preset": "bytes"}}, **options)
+    return DocumentDataModule(str(folder), {"text": {"plugin": "bpe", "preset": "bytes"}}, **options)
 
 
 # --- metadata.jsonl
@@ -297,7 +297,7 @@ def documents_of(*rows, most=None, long="raise", split="train"):
         listing.append({"line": line, "length": length, "names": [n for n, _ in row], "ids": ids, "sizes": sizes})
     dataset = Dataset.from_list(listing)
     selection = select(dataset, split, TOKENIZERS, most, long, Path("d/metadata.jsonl"))
-    return Documents(dataset, selection, SEQUENCER, usual={}, slack={}, seed=0, shuffled=False)
+    return Documents(dataset, selection, SEQUENCER, usual={}, max_eos_padding={}, seed=0, shuffled=False)
 
 
 def items(documents, index):
@@ -324,15 +324,15 @@ def test_length_counts_structure_and_codes(tmp_path):
 
 def test_a_long_document_is_refused_by_file_and_line(tmp_path):
     write(tmp_path, *rows_of("short", "x" * 20, "x" * 30))
-    data = data_of(tmp_path, max_document_length=20)
+    data = data_of(tmp_path, max_seq_length=20)
     with pytest.raises(
         ValueError,
-        match=rf"{tmp_path}/metadata.jsonl, line 2: the document has 23 tokens, more than max_document_length 20",
+        match=rf"{tmp_path}/metadata.jsonl, line 2: the document has 23 tokens, more than max_seq_length 20",
     ):
         data.documents("train")
     (place,) = (tmp_path / ".tokenized").iterdir()
-    assert len(data_of(tmp_path, max_document_length=None).documents("train")) == 3
-    assert len(data_of(tmp_path, max_document_length=23, long_documents="skip").documents("train")) == 2
+    assert len(data_of(tmp_path, max_seq_length=None).documents("train")) == 3
+    assert len(data_of(tmp_path, max_seq_length=23, long_documents="skip").documents("train")) == 2
     assert list((tmp_path / ".tokenized").iterdir()) == [place]  # the limit is none of their business
 
 
@@ -341,10 +341,7 @@ def test_long_documents_are_skipped_counted_and_listed(caplog):
     with caplog.at_level("INFO"):
         documents = documents_of(*rows, most=10, long="skip")
     assert [items(documents, index) for index in range(len(documents))] == [notes(3)]
-    assert (
-        "than max_document_length 10 are left out: 2 of 3 in split 'train', d/metadata.jsonl, lines 1, 3."
-        in caplog.text
-    )
+    assert "than max_seq_length 10 are left out: 2 of 3 in split 'train', d/metadata.jsonl, lines 1, 3." in caplog.text
     assert "WARNING: 67% of split 'train' is left out" in caplog.text
     with pytest.raises(ValueError, match=r"d/metadata.jsonl: all 2 documents .* \(lines 1, 2\)"):
         documents_of(notes(20), notes(30), most=10, long="skip")
@@ -405,8 +402,8 @@ def test_what_cannot_be_cropped_or_split_is_refused(long, row, message):
 
 
 def test_bad_limits_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="max_document_length 0 must be at least 1"):
-        data_of(tmp_path, max_document_length=0)
+    with pytest.raises(ValueError, match="max_seq_length 0 must be at least 1"):
+        data_of(tmp_path, max_seq_length=0)
     with pytest.raises(ValueError, match="long_documents 'cut' is none of raise, skip, crop, split"):
         data_of(tmp_path, long_documents="cut")
 

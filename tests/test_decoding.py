@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toys import Frames, Grid, generator
 
-from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
+from multidiff import Blank, Given, Masked, MaskSampler, MultiDiffPipeline
 from multidiff.generation.decoding import Decoder
 from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary
@@ -90,7 +90,7 @@ def test_guidance_follows_the_definition():
 
 def test_a_trace_tells_what_was_decided_when(pipe):
     documents = [[Given("note", [1]), Blank("picture"), Blank("speech", frames=2)], [Blank("note", frames=3)]]
-    settings = {"order": "random", "count": "ancestral", "remask": "rescale", "eta": 0.8, "num_inference_steps": 9}
+    settings = {"order": "random", "unmasking": "ancestral", "remask": "rescale", "eta": 0.8, "num_inference_steps": 9}
     samplers = {"picture": MaskSampler(**settings), "speech": MaskSampler(num_inference_steps=2)}
     pipe = make({"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))}, samplers)
     plain = pipe(documents, generator=[generator(1), generator(2)])
@@ -117,7 +117,7 @@ def test_a_trace_tells_what_was_decided_when(pipe):
 
 def test_logits_of_an_unchanged_document_are_not_computed_again(pipe):
     """With many more steps than codes, most ancestral steps decide nothing."""
-    sampler = MaskSampler(order="random", count="ancestral", num_inference_steps=60)
+    sampler = MaskSampler(order="random", unmasking="ancestral", num_inference_steps=60)
     pipe = make({"note": Frames((6,))}, {"note": sampler})
     calls = []
     pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -137,7 +137,7 @@ def test_schedulers_of_diffusers_can_be_handed_in():
         "note": BlockRefinementScheduler(block_length=3, num_inference_steps=3, editing_threshold=0.2),
     }
     pipe = make({"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames((6,))}, samplers)
-    known = Partial("note", pipe.tokenizers["note"].encode([[1, 2, 3, 4]])[0], torch.tensor([True, False, False, True]))
+    known = Masked("note", pipe.tokenizers["note"].encode([[1, 2, 3, 4]])[0], torch.tensor([True, False, False, True]))
     documents = [
         [Given("note", [1, 2, 3]), Blank("picture"), Blank("speech", frames=5)],
         [known, Blank("speech", frames=2)],
@@ -169,7 +169,7 @@ def test_amused_decides_as_many_codes_a_step_as_our_cosine():
 
 def cached(cache, layers=2, **options):
     tokenizers = {"picture": Grid(5, 2, 3), "note": Frames((6,))}
-    settings = {"block_size": 3, "count": "linear", "num_inference_steps": 6, "cache": cache, **options}
+    settings = {"block_length": 3, "unmasking": "linear", "num_inference_steps": 6, "cache": cache, **options}
     vocabulary = SharedVocabulary.of(tokenizers)
     model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=32, num_layers=layers, num_heads=2)
     model.initialize(generator())
@@ -190,7 +190,7 @@ CACHED = [
 
 
 @pytest.mark.parametrize("cache", ["approximate_prefix", "approximate_dual"])
-@pytest.mark.parametrize("count", [{}, {"count": "threshold", "threshold": 0.5, "num_inference_steps": None}])
+@pytest.mark.parametrize("count", [{}, {"unmasking": "threshold", "threshold": 0.5, "num_inference_steps": None}])
 def test_caches(cache, count):
     generators = [1, 2, 3]
 
@@ -220,7 +220,7 @@ def test_a_cached_pass_computes_a_block_only():
     widths = {}
     for cache in ("none", "approximate_prefix", "approximate_dual"):
         pipe, seen = cached(cache, num_inference_steps=9), []
-        pipe.transformer.blocks[0].mlp.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].shape[1]))
+        pipe.transformer.layers[0].mlp.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].shape[1]))
         pipe([[Given("note", [1, 2]), Blank("note", frames=9)]], generator=generator())
         widths[cache] = seen
     length = widths["none"][0]
@@ -270,7 +270,7 @@ def test_no_tensor_of_batch_by_length_by_vocabulary():
 @pytest.mark.parametrize("cache", ["none", "approximate_dual"])
 def test_guidance_of_another_document_changes_nothing(cache):
     """Other documents may be guided by other conditions, for other steps."""
-    shared = {"count": "linear", "block_size": 3, "cache": cache, "guidance_schedule": "linear"}
+    shared = {"unmasking": "linear", "block_length": 3, "cache": cache, "guidance_schedule": "linear"}
     tokenizers = {"picture": Grid(5, 2, 3), "note": Frames((6,))}
     samplers = {
         "picture": MaskSampler(num_inference_steps=6, guidance_scale=3.0, **shared),
@@ -294,7 +294,7 @@ def test_guidance_of_another_document_changes_nothing(cache):
 
 def test_max_length_leaves_an_infilled_span_alone():
     pipe = make({"note": Frames((6,))}, {"note": MaskSampler(max_length=2)})
-    part = Partial("note", pipe.tokenizers["note"].encode([[1, 2, 3, 4]])[0], torch.tensor([True, True, False, True]))
+    part = Masked("note", pipe.tokenizers["note"].encode([[1, 2, 3, 4]])[0], torch.tensor([True, True, False, True]))
     (document,) = pipe([[part]], generator=generator()).documents
     assert len(document[0].codes) == 4
     (document,) = pipe([[Blank("note", frames=9)]], generator=generator()).documents
@@ -306,20 +306,29 @@ def test_max_length_leaves_an_infilled_span_alone():
     [
         ({"num_inference_steps": 4}, 1),
         ({"num_inference_steps": 4, "guidance_scale": 2.0, "order": "margin", "draw": "gumbel"}, 1),
-        ({"order": "confidence", "count": "threshold", "threshold": 0.3}, 1),
-        ({"order": "entropy", "count": "entropy_bound", "entropy_bound": 0.5, "guidance_scale": {"note": 1.5}}, 1),
-        ({"order": "random", "count": "ancestral", "remask": "rescale", "eta": 0.5, "num_inference_steps": 5}, 1),
-        ({"remask": "edit", "edit_threshold": 0.3, "num_inference_steps": 4}, 1),
-        ({"block_size": 3, "cache": "approximate_dual", "num_inference_steps": 4, "guidance_scale": 2.0}, 1),
-        ({"block_size": "level", "level_penalty": 1.0, "repetition_penalty": 1.5, "num_inference_steps": 4}, 1),
-        ({"order": "left_to_right", "forbidden": [1], "min_length": 1, "max_length": 3, "forced": {0: 2}}, 2),
+        ({"order": "confidence", "unmasking": "threshold", "threshold": 0.3}, 1),
+        ({"order": "entropy", "unmasking": "entropy_bound", "entropy_bound": 0.5, "guidance_scale": {"note": 1.5}}, 1),
+        ({"order": "random", "unmasking": "ancestral", "remask": "rescale", "eta": 0.5, "num_inference_steps": 5}, 1),
+        ({"remask": "edit", "editing_threshold": 0.3, "num_inference_steps": 4}, 1),
+        ({"block_length": 3, "cache": "approximate_dual", "num_inference_steps": 4, "guidance_scale": 2.0}, 1),
+        ({"block_length": "level", "level_penalty": 1.0, "repetition_penalty": 1.5, "num_inference_steps": 4}, 1),
+        (
+            {
+                "order": "left_to_right",
+                "suppress_tokens": [1],
+                "min_length": 1,
+                "max_length": 3,
+                "forced_tokens": {0: 2},
+            },
+            2,
+        ),
     ],
 )
 def test_a_step_waits_for_the_device_once(settings, reads, monkeypatch):
     tokenizers = {"speech": Frames((4, 3)), "note": Frames((6,))}
     documents = [
         [Given("note", [1, 2]), Blank("speech", frames=3)],
-        [Given("note", [1]), Partial("speech", tokenizers["speech"].canvas(3), torch.arange(6) < 2, room=2)],
+        [Given("note", [1]), Masked("speech", tokenizers["speech"].canvas(3), torch.arange(6) < 2, max_new_units=2)],
     ]
     near = make(tokenizers, {"speech": MaskSampler(**settings)})
     expected = near(documents, generator=[generator(1), generator(2)], trace=True)
@@ -359,7 +368,7 @@ def test_what_reads_the_device_is_counted():
         assert device.waits == ["aten._to_copy.default"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"block_size": 9, "cache": "approximate_dual"}])
+@pytest.mark.parametrize("settings", [{}, {"block_length": 9, "cache": "approximate_dual"}])
 def test_compiled_twice_and_never_again(settings):
     torch._dynamo.reset()
     pipe = make({"picture": Grid(5, 6, 6), "note": Frames((6,))}, {"picture": MaskSampler(**settings)})
@@ -388,7 +397,7 @@ def test_the_default_compiler_samples_the_same():
     """With generated code, for one number of open codes and then for any."""
     torch._dynamo.reset()
     pipe = make({"picture": Grid(5, 6, 6), "note": Frames((6,))})
-    del pipe.transformer.blocks[1:]  # compilers take their time
+    del pipe.transformer.layers[1:]  # compilers take their time
     documents = [[Given("note", [1, 2]), Blank("picture")], [Given("note", [1, 2, 0]), Blank("picture")]]
     expected = pipe(documents, 12, generator=[generator(1), generator(2)], trace=True)
     pipe.transformer.compile()

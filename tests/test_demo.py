@@ -15,12 +15,12 @@ from demo.__main__ import main
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    main(["--output", str(folder), "--pictures", "120", "--minutes", "0.05", "--num", "4"])
+    main(["--output", str(folder), "--pictures", "120", "--minutes", "0.05", "--num-samples", "4"])
     return folder
 
 
 def test_emoji_end_in_the_same_report_in_colour(tmp_path):
-    main(["emoji", "--output", str(tmp_path), "--pictures", "1", "--minutes", "0.03", "--num", "2"])
+    main(["emoji", "--output", str(tmp_path), "--pictures", "1", "--minutes", "0.03", "--num-samples", "2"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["text_to_image"]["n"] == 2
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_report_and_metrics(demo, capsys):
 
 def test_finished_stages_are_not_done_again(demo, capfd):
     before = (demo / "metrics.json").stat().st_mtime_ns
-    main(["--output", str(demo), "--pictures", "120", "--minutes", "0.05", "--num", "4"])
+    main(["--output", str(demo), "--pictures", "120", "--minutes", "0.05", "--num-samples", "4"])
     assert (demo / "metrics.json").stat().st_mtime_ns == before
     assert capfd.readouterr().out.count("done before") == 5
 
@@ -60,5 +60,5 @@ def test_finished_stages_are_not_done_again(demo, capfd):
 def test_other_options_do_not_pass_for_what_was_done(demo):
     before = (demo / "commands.txt").read_text()
     with pytest.raises(SystemExit, match="data was done with other options"):
-        main(["--output", str(demo), "--pictures", "120", "--minutes", "0.05", "--num", "4", "--seed", "1"])
+        main(["--output", str(demo), "--pictures", "120", "--minutes", "0.05", "--num-samples", "4", "--seed", "1"])
     assert (demo / "commands.txt").read_text() == before

@@ -17,8 +17,8 @@ from multidiff.objectives.diffusion import (
     Task,
     corrupt,
     corrupt_exactly,
-    draw_levels,
     draw_roles,
+    draw_times,
     queries,
     weighted_nats,
 )
@@ -84,7 +84,7 @@ def test_corrupt_touches_targets_and_absent_only(roles, seed, exactly):
     if exactly:
         noise = corrupt_exactly(batch, role_S, torch.arange(3), generator(seed))
     else:
-        t_S = draw_levels(role_S, torch.arange(3), generator(seed))
+        t_S = draw_times(role_S, torch.arange(3), generator(seed))
         noise = corrupt(batch, role_S, t_S, LogLinear(), generator(seed))
     role_BL = torch.where(batch.segment_BL < 0, -1, role_S[batch.segment_BL])
     masked_BL = noise.ids_BL == MASK
@@ -98,13 +98,13 @@ def test_corrupt_touches_targets_and_absent_only(roles, seed, exactly):
 
 def test_levels_are_stratified_over_target_groups():
     role_S = torch.tensor([TARGET] * 64 + [GIVEN] * 10 + [ABSENT] * 10)
-    t_S = draw_levels(role_S, torch.arange(84), generator())
+    t_S = draw_times(role_S, torch.arange(84), generator())
     assert bool((t_S[64:74] == 0).all())
     assert bool((t_S[74:] == 1).all())
     strata = ((t_S[:64] - 1e-3) / (1 - 1e-3) * 64).long()
     assert sorted(strata.tolist()) == list(range(64))
     assert strata.tolist() != list(range(64))
-    shared_S = draw_levels(torch.full((6,), TARGET), torch.tensor([0, 0, 2, 2, 4, 4]), generator())
+    shared_S = draw_times(torch.full((6,), TARGET), torch.tensor([0, 0, 2, 2, 4, 4]), generator())
     assert bool((shared_S[::2] == shared_S[1::2]).all())
     assert shared_S.unique().numel() == 3
 
@@ -127,7 +127,7 @@ def test_shared_noise_bounds_the_joint_and_independent_noise_does_not(shared, ex
     if exactly:
         noise = corrupt_exactly(batch, role_S, group_S, generator(1))
     else:
-        t_S = draw_levels(role_S, group_S, generator(1), smallest=1e-6)
+        t_S = draw_times(role_S, group_S, generator(1), smallest=1e-6)
         noise = corrupt(batch, role_S, t_S, LogLinear(0.0), generator(2))
     asked = queries(noise.predicted_BL, batch.span_BL, VOCABULARY)
     nats_S = weighted_nats(knowing_logits(batch, noise, asked), asked, batch, noise)
@@ -166,14 +166,14 @@ def test_the_exact_estimator_equals_the_sum_over_all_orders():
     assert float((position - 0.25).abs().max()) < 0.05
 
 
-@pytest.mark.parametrize("importance", [{}, {"a": 5.0}])
+@pytest.mark.parametrize("loss_weights", [{}, {"a": 5.0}])
 @pytest.mark.parametrize("normalisation", ["targets", "masked"])
-def test_loss_of_knowing_and_of_uniform_models(normalisation, importance):
+def test_loss_of_knowing_and_of_uniform_models(normalisation, loss_weights):
     batch = batch_of([[("v", [1, 2, 0, 1]), ("a", [0, 1] * 4)]] * 40)
     role_S = torch.full((80,), TARGET)
-    noise = corrupt(batch, role_S, draw_levels(role_S, torch.arange(80), generator()), LogLinear(), generator())
+    noise = corrupt(batch, role_S, draw_times(role_S, torch.arange(80), generator()), LogLinear(), generator())
     asked = queries(noise.predicted_BL, batch.span_BL, VOCABULARY)
-    objective = Objective(weighting="none", normalisation=normalisation, importance=importance)
+    objective = Objective(weighting="none", normalisation=normalisation, loss_weights=loss_weights)
 
     def loss(logits):
         total, count = objective(logits, asked, batch, noise, VOCABULARY)
@@ -189,7 +189,7 @@ def test_loss_of_knowing_and_of_uniform_models(normalisation, importance):
     target_of = torch.bincount(batch.span_BL[noise.target_BL], minlength=len(VOCABULARY.flat_spans))
     nats = divisor = 0.0
     for place, (name, _, (start, stop)) in enumerate(VOCABULARY.flat_spans):
-        each = importance.get(name, 1.0)
+        each = loss_weights.get(name, 1.0)
         nats += each * int(count_of[place]) * math.log(stop - start)
         divisor += each * int((count_of if normalisation == "masked" else target_of)[place])
     assert math.isclose(loss(uniform), nats / divisor, rel_tol=1e-5)
@@ -200,7 +200,7 @@ def test_tasks_give_roles():
     tasks = [
         Task({"b": "target", "others": "given"}, weight=3),
         Task({"others": "target"}, noise="shared"),
-        Task({"v": "target"}, drop=0.5),
+        Task({"v": "target"}, condition_dropout=0.5),
     ]
     role_S, group_S = draw_roles(batch, tasks, VOCABULARY, generator())
     rows = {}
@@ -224,12 +224,14 @@ def test_bad_tasks():
     with pytest.raises(ValueError, match="'noised' is none of"):
         Task({"a": "noised"})
     with pytest.raises(ValueError, match="0 ≤ drop ≤ 1"):
-        Task({"a": "target"}, drop=2)
+        Task({"a": "target"}, condition_dropout=2)
     with pytest.raises(ValueError, match="weight ≥ 0"):
         Task({"a": "target"}, weight=math.nan)
     with pytest.raises(ValueError, match="must be a table of tokenizer names and roles"):
         Task(["a"])
-    assert Task.of({"roles": {"a": "target"}, "drop": 0.5}) == Task.of(Task({"a": "target"}, drop=0.5))
+    assert Task.of({"roles": {"a": "target"}, "condition_dropout": 0.5}) == Task.of(
+        Task({"a": "target"}, condition_dropout=0.5)
+    )
     with pytest.raises(ValueError, match="a task has no attribute 'wieght'; did you mean 'weight'"):
         Task.of({"roles": {"a": "target"}, "wieght": 2})
     for value in (None, "a", {"a": "target"}):
@@ -237,7 +239,7 @@ def test_bad_tasks():
             Task.of(value)
     with pytest.raises(ValueError, match="weighting is elbo or none"):
         Objective(weighting="best")
-    with pytest.raises(ValueError, match="importance of 'a' must be a number above 0"):
-        Objective(importance={"a": 0.0})
+    with pytest.raises(ValueError, match="loss_weights of 'a' must be a number above 0"):
+        Objective(loss_weights={"a": 0.0})
     with pytest.raises(ValueError, match=r"no task applies to a document of a; add a row"):
         draw_roles(batch_of([[("a", [0] * 8)]]), [Task({"b": "target"})], VOCABULARY, generator())

@@ -149,16 +149,16 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("num", [0, 19, 10_001])
 def test_an_impossible_number_is_named(tmp_path, num):
-    with pytest.raises(ValueError, match=f"--num must be 20 to 10000, got {num}"):
+    with pytest.raises(ValueError, match=f"--num-samples must be 20 to 10000, got {num}"):
         prepare(tmp_path / "data", num=num)
     assert not list(tmp_path.iterdir())
 
 
 def test_script_ends_with_the_message_alone(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "data"), "--num", "5"]
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "data"), "--num-samples", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "prepare_digits.py: --num must be 20 to 10000, got 5"
+    assert done.stderr.strip() == "prepare_digits.py: --num-samples must be 20 to 10000, got 5"
 
 
 @settings(deadline=None)

@@ -21,7 +21,7 @@ def filled(pipe, part, *others):
 
 def test_infill_keeps_both_ends(pipe):
     for seed in range(5):
-        part = infill(pipe, "speech", [3, 0, 1, 2], [2, 1], room=3)
+        part = infill(pipe, "speech", [3, 0, 1, 2], [2, 1], frames=3)
         assert part.known_N.tolist() == [True] * 4 + [False] * 6 + [True] * 2
         codes = pipe([[part]], generator=generator(seed)).documents[0][0].codes.ids_N.tolist()
         assert len(codes) == 12  # no stop within
@@ -31,7 +31,7 @@ def test_infill_keeps_both_ends(pipe):
 def test_extend_may_end_anywhere_in_its_room(pipe):
     lengths = set()
     for seed in range(30):
-        output = pipe([[extend(pipe, "note", [1, 5, 2], room=4)]], generator=generator(seed))
+        output = pipe([[extend(pipe, "note", [1, 5, 2], max_new_frames=4)]], generator=generator(seed))
         codes = output.documents[0][0].codes.ids_N.tolist()
         assert codes[:3] == [1, 5, 2]
         lengths.add(len(codes))
@@ -95,31 +95,31 @@ def test_refine_makes_the_least_sure_codes_anew(pipe):
     first = pipe([[Given("note", [1, 2]), Blank("picture"), Blank("picture")]], generator=generator()).documents[0]
     parts = refine(first, share=0.25)
     assert parts[0].item == [1, 2]
-    p_N = torch.cat([part.p_N for part in first[1:]])
+    probs_N = torch.cat([part.probs_N for part in first[1:]])
     known_N = torch.cat([part.known_N for part in parts[1:]])
     assert int((~known_N).sum()) == 3
-    assert float(p_N[~known_N].max()) <= float(p_N[known_N].min())
+    assert float(probs_N[~known_N].max()) <= float(probs_N[known_N].min())
     again = pipe([parts], generator=generator(5)).documents[0]
     for part, before, after in zip(parts[1:], first[1:], again[1:], strict=True):
         assert torch.equal(before.codes.ids_N[part.known_N], after.codes.ids_N[part.known_N])
     # What was kept this time has no probability of its own; the rest can be refined again.
-    assert int(torch.cat([part.p_N for part in again[1:]]).isfinite().sum()) == 3
+    assert int(torch.cat([part.probs_N for part in again[1:]]).isfinite().sum()) == 3
     third = refine(again, share=1.0)
     assert third[0].item == [1, 2]
     for part, before in zip(third[1:], again[1:], strict=True):
         assert torch.equal(part.codes.ids_N, before.codes.ids_N)
-        assert torch.equal(part.known_N, before.p_N.isnan())
+        assert torch.equal(part.known_N, before.probs_N.isnan())
 
 
 def test_bad_requests(pipe):
     mask = Image.new("L", (3, 2))
     document = pipe([[Given("note", [1]), Blank("picture")]], generator=generator()).documents[0]
     cases = [
-        (lambda: infill(pipe, "picture", [], [], 1), "infill needs items whose length varies"),
-        (lambda: infill(pipe, "note", [1], [2], 0), "infill needs room for at least 1 unit of note"),
-        (lambda: extend(pipe, "note", [1], 0), "extend needs room"),
-        (lambda: extend(pipe, "nose", [1], 1), "no tokenizer is called 'nose'"),
-        (lambda: gap(pipe, "note", [1, 2], 0.5, 0.5), "gap needs 0 <= start < stop <= 1"),
+        (lambda: infill(pipe, "picture", [], [], frames=1), "infill needs items whose length varies"),
+        (lambda: infill(pipe, "note", [1], [2], frames=0), "infill needs at least 1 of frames, got 0"),
+        (lambda: extend(pipe, "note", [1], max_new_frames=0), "extend needs at least 1 of max_new_frames"),
+        (lambda: extend(pipe, "nose", [1], max_new_frames=1), "no tokenizer is called 'nose'"),
+        (lambda: gap(pipe, "note", [1, 2], 0.5, 0.5), "gap needs 0 <= start < end <= 1"),
         (lambda: inpaint(pipe, "picture", [0] * 6, mask), "the mask has no bright pixel"),
         (lambda: inpaint(pipe, "picture", [0] * 6, Image.new("L", (4, 2))), "the mask is 4x2 pixels, the picture 3x2"),
         (lambda: inpaint(pipe, "note", [1], mask), "'note' has no height and width"),

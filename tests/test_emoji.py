@@ -88,4 +88,7 @@ def test_script_ends_with_the_message_alone(tmp_path):
     command = [sys.executable, str(SCRIPTS / "prepare_openmoji.py"), "--output", str(tmp_path / "data"), "--size", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "prepare_openmoji.py: --size must be 1 or more and --moved 0 or more, got 0 and 12"
+    assert (
+        done.stderr.strip()
+        == "prepare_openmoji.py: --size must be 1 or more and --num-augmentations 0 or more, got 0 and 12"
+    )

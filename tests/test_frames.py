@@ -9,29 +9,35 @@ from scipy.stats import chisquare
 from test_pipeline import make
 from toys import Frames, Grid, generator
 
-from multidiff import Blank, Given, MaskSampler, Partial
+from multidiff import Blank, Given, Masked, MaskSampler
 from multidiff.samplers import as_sampler
 
 SIZES = (2, 3, 2)
-ANCESTRAL = {"order": "random", "count": "ancestral", "num_inference_steps": 9}
+ANCESTRAL = {"order": "random", "unmasking": "ancestral", "num_inference_steps": 9}
 SAMPLERS = [
     *({"order": order} for order in ("random", "confidence", "margin", "entropy", "left_to_right")),
-    {"count": "linear", "num_inference_steps": 1},
-    {"count": "linear", "num_inference_steps": 5, "temperature": 0.0},
-    {"count": "arccos", "order_temperature": 2.0, "num_inference_steps": 4, "guidance_scale": 3.0},
-    {"count": "power", "exponent": 2.0, "top_p": 0.8, "num_inference_steps": 3},
-    {"count": "linear", "draw": "gumbel", "num_inference_steps": 3},
-    {"count": "linear", "block_size": "level", "num_inference_steps": 6},
-    {"count": "linear", "block_size": 7, "cache": "approximate_dual", "level_penalty": 1.0, "num_inference_steps": 45},
-    {"count": "linear", "block_size": 10, "cache": "approximate_prefix", "num_inference_steps": 30},
-    {"count": "threshold", "threshold": 0.3},
-    {"count": "factor", "factor": 3.0},
-    {"order": "entropy", "count": "entropy_bound", "entropy_bound": 9.0},
+    {"unmasking": "linear", "num_inference_steps": 1},
+    {"unmasking": "linear", "num_inference_steps": 5, "temperature": 0.0},
+    {"unmasking": "arccos", "order_temperature": 2.0, "num_inference_steps": 4, "guidance_scale": 3.0},
+    {"unmasking": "power", "exponent": 2.0, "top_p": 0.8, "num_inference_steps": 3},
+    {"unmasking": "linear", "draw": "gumbel", "num_inference_steps": 3},
+    {"unmasking": "linear", "block_length": "level", "num_inference_steps": 6},
+    {
+        "unmasking": "linear",
+        "block_length": 7,
+        "cache": "approximate_dual",
+        "level_penalty": 1.0,
+        "num_inference_steps": 45,
+    },
+    {"unmasking": "linear", "block_length": 10, "cache": "approximate_prefix", "num_inference_steps": 30},
+    {"unmasking": "threshold", "threshold": 0.3},
+    {"unmasking": "factor", "factor": 3.0},
+    {"order": "entropy", "unmasking": "entropy_bound", "entropy_bound": 9.0},
     ANCESTRAL,
     *({**ANCESTRAL, "remask": remask, "eta": 0.4} for remask in ("cap", "rescale", "loop")),
     {**ANCESTRAL, "remask": "conf"},
-    {"remask": "edit", "edit_threshold": 0.3, "num_inference_steps": 9},
-    {"forbidden": [1], "min_length": 2, "max_length": 30, "repetition_penalty": 1.5, "num_inference_steps": 4},
+    {"remask": "edit", "editing_threshold": 0.3, "num_inference_steps": 9},
+    {"suppress_tokens": [1], "min_length": 2, "max_length": 30, "repetition_penalty": 1.5, "num_inference_steps": 4},
     AmusedScheduler(mask_token_id=999),
     BlockRefinementScheduler(block_length=8, num_inference_steps=3, threshold=0.4),
     BlockRefinementScheduler(block_length=8, num_inference_steps=4, editing_threshold=0.25),
@@ -40,8 +46,8 @@ SAMPLERS = [
 
 def frames_of(segment):
     """The stops that are decided in each frame, and its codes that are."""
-    stop_N = segment.known_N & (segment.ids_N == torch.tensor(SIZES)[segment.levels_N])
-    return stop_N.view(-1, len(SIZES)).sum(1), segment.known_N.view(-1, len(SIZES)).sum(1)
+    eos_N = segment.known_N & (segment.ids_N == torch.tensor(SIZES)[segment.levels_N])
+    return eos_N.view(-1, len(SIZES)).sum(1), segment.known_N.view(-1, len(SIZES)).sum(1)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: str(sampler)[:90].split("{\n")[0])
@@ -54,7 +60,7 @@ def test_no_frame_stops_in_part(sampler):
     documents = [
         [Given("picture", [0, 1, 2, 3, 4, 0]), Blank("speech", frames=40)],
         [Given("picture", [1] * 6), Blank("speech", frames=40), Blank("speech", frames=30)],
-        [Given("picture", [2] * 6), Partial("speech", codes, known_N, room=40), Blank("speech", frames=50)],
+        [Given("picture", [2] * 6), Masked("speech", codes, known_N, max_new_units=40), Blank("speech", frames=50)],
     ]
     seen = []
 
@@ -80,7 +86,7 @@ def test_documents_beside_it_change_nothing():
     """Not even where a document has nothing that could stop."""
     pipe = make({"speech": Frames(SIZES)}, {"speech": MaskSampler(order="random", num_inference_steps=2)})
     codes = pipe.tokenizers["speech"].encode([[0, 0, 0, 1, 1, 1]])[0]
-    documents = [[Partial("speech", codes, torch.arange(6) % 3 == 0)], [Blank("speech", frames=9)]]
+    documents = [[Masked("speech", codes, torch.arange(6) % 3 == 0)], [Blank("speech", frames=9)]]
     together = pipe(documents, generator=[generator(1), generator(2)])
     for index, document in enumerate(documents):
         (alone,) = pipe([document], generator=[generator(index + 1)]).documents
@@ -98,15 +104,15 @@ def drive(sampler, p_NV, steps, number, seed=0, frames=1):
     unit_N = torch.arange(len(p_NV)) // levels
     coords_RN3 = torch.stack([unit_N, levels_RN[0], torch.zeros_like(unit_N)], -1).expand(number, -1, 3)
     frame_RN = torch.arange(number)[:, None] * frames + unit_N
-    stop_RN = torch.full_like(sample_RN, 2)
-    state = sampler.start(sample_RN, levels_RN, coords_RN3, steps, stop_RN, None, frame_RN)
+    eos_RN = torch.full_like(sample_RN, 2)
+    state = sampler.start(sample_RN, levels_RN, coords_RN3, steps, eos_RN, None, frame_RN)
     generators = [generator(seed)] * number
     for timestep in range(state.steps - 1, -1, -1):
         where_RN = sampler.needs(state)
         logits_MV = p_NV.log().expand(number, -1, -1)[where_RN]
         output = sampler.step(logits_MV, timestep, sample_RN, where=where_RN, state=state, generator=generators)
         sample_RN, state = output.prev_sample, output.state
-    return sample_RN, state.p_RN
+    return sample_RN, state.probs_RN
 
 
 def same(drawn_RN, expected):
@@ -139,11 +145,11 @@ EXACT = {
     **{
         f"{options}": lambda options=options: MaskSampler(**options)
         for options in (
-            {"order": "random", "count": "linear"},
-            {"order": "random", "count": "linear", "draw": "gumbel"},
-            {"order": "random", "count": "linear", "block_size": "level"},
-            {"order": "random", "count": "ancestral"},
-            {"order": "random", "count": "ancestral", "remask": "rescale", "eta": 0.5},
+            {"order": "random", "unmasking": "linear"},
+            {"order": "random", "unmasking": "linear", "draw": "gumbel"},
+            {"order": "random", "unmasking": "linear", "block_length": "level"},
+            {"order": "random", "unmasking": "ancestral"},
+            {"order": "random", "unmasking": "ancestral", "remask": "rescale", "eta": 0.5},
         )
     },
 }
@@ -164,15 +170,15 @@ def test_frames_are_drawn_from_the_joint_distribution(sampler, steps):
 def test_what_follows_is_truncated_without_the_stop(draw, options):
     """With the stop in the set, the first of these would keep token 0 and the stop alone."""
     p_NV = torch.tensor([[0.5, 0.5, 0.0], [0.3, 0.2, 0.5]], dtype=torch.float64).clamp_min(1e-300)
-    for more, steps in (({"block_size": "level"}, 2), ({}, 1)):
-        sampler = MaskSampler(order="random", count="linear", draw=draw, **options, **more)
+    for more, steps in (({"block_length": "level"}, 2), ({}, 1)):
+        sampler = MaskSampler(order="random", unmasking="linear", draw=draw, **options, **more)
         drawn_RN, _ = drive(sampler, p_NV, steps, 20_000, seed=steps)
         assert bool((drawn_RN < 2).all())
         assert float((drawn_RN[:, 1] == 0).double().mean()) == pytest.approx(0.6, abs=0.015)
 
 
 def test_the_joint_distribution_is_told_from_others():
-    drawn_RN, _ = drive(MaskSampler(order="random", count="linear"), CONSISTENT, 1, 4000)
+    drawn_RN, _ = drive(MaskSampler(order="random", unmasking="linear"), CONSISTENT, 1, 4000)
     other = {tokens: 0.65 / 0.7 * p if 2 not in tokens else 0.35 for tokens, p in JOINT.items()}
     assert same(drawn_RN, other) < 1e-6
 
@@ -194,23 +200,23 @@ def restricted(order):
 
 def test_the_first_that_is_decided_is_free():
     for draw in ("inverse", "gumbel"):
-        sampler = MaskSampler(order="random", count="linear", draw=draw)
+        sampler = MaskSampler(order="random", unmasking="linear", draw=draw)
         # At once: level 0.
-        drawn_RN, p_RN = drive(sampler, TORN, 1, 4000)
+        drawn_RN, probs_RN = drive(sampler, TORN, 1, 4000)
         assert same(drawn_RN, restricted((0, 1, 2))) > 1e-3
         for row, tokens in enumerate(drawn_RN[:200].tolist()):
-            assert float(p_RN[row].prod()) == pytest.approx(restricted((0, 1, 2))[tuple(tokens)])
+            assert float(probs_RN[row].prod()) == pytest.approx(restricted((0, 1, 2))[tuple(tokens)])
         # One by one: any, as often as the others.
-        drawn_RN, p_RN = drive(sampler, TORN, 3, 4000, seed=1)
+        drawn_RN, probs_RN = drive(sampler, TORN, 3, 4000, seed=1)
         tables = [restricted(order) for order in itertools.permutations(range(3))]
         assert same(drawn_RN, {tokens: sum(table[tokens] for table in tables) / 6 for tokens in tables[0]}) > 1e-3
-    greedy_RN, _ = drive(MaskSampler(count="linear", temperature=0.0), TORN, 1, 1)
+    greedy_RN, _ = drive(MaskSampler(unmasking="linear", temperature=0.0), TORN, 1, 1)
     assert greedy_RN.tolist() == [[0, 1, 0]]
 
 
 def test_frames_of_one_row_do_not_touch_each_other():
     p_NV = torch.tensor([[0.0, 0.0, 1.0], [0.6, 0.4, 0.0], [0.2, 0.8, 0.0], [0.1, 0.1, 0.8]], dtype=torch.float64)
-    drawn_RN, _ = drive(MaskSampler(order="random", count="linear"), p_NV.clamp_min(1e-300), 1, 50, frames=2)
+    drawn_RN, _ = drive(MaskSampler(order="random", unmasking="linear"), p_NV.clamp_min(1e-300), 1, 50, frames=2)
     assert bool((drawn_RN[:, :2] == 2).all())
     assert bool((drawn_RN[:, 2:] < 2).all())
 
@@ -218,34 +224,34 @@ def test_frames_of_one_row_do_not_touch_each_other():
 @pytest.mark.parametrize(
     ("options", "stops"),
     [
-        ({"forced": {1: 0}}, False),
-        ({"forced": {2: 2}}, True),
-        ({"forced": {0: 2}}, True),
-        ({"forbidden": [2]}, False),
-        ({"forbidden": [0, 1]}, True),
+        ({"forced_tokens": {1: 0}}, False),
+        ({"forced_tokens": {2: 2}}, True),
+        ({"forced_tokens": {0: 2}}, True),
+        ({"suppress_tokens": [2]}, False),
+        ({"suppress_tokens": [0, 1]}, True),
         ({"min_length": 1}, False),
         ({"max_length": 0}, True),
     ],
 )
 @pytest.mark.parametrize("steps", [1, 3])
 def test_what_is_ruled_out_of_one_code_is_ruled_out_of_its_frame(options, stops, steps):
-    drawn_RN, _ = drive(MaskSampler(order="random", count="linear", **options), TORN, steps, 200)
+    drawn_RN, _ = drive(MaskSampler(order="random", unmasking="linear", **options), TORN, steps, 200)
     assert bool(((drawn_RN == 2) == stops).all())
-    for place, token in options.get("forced", {}).items():
+    for place, token in options.get("forced_tokens", {}).items():
         assert bool((drawn_RN[:, place] == token).all())
 
 
-@pytest.mark.parametrize("options", [{"forced": {0: 1, 1: 2}}, {"forced": {2: 2}, "min_length": 1}])
+@pytest.mark.parametrize("options", [{"forced_tokens": {0: 1, 1: 2}}, {"forced_tokens": {2: 2}, "min_length": 1}])
 def test_a_frame_that_can_be_nothing_is_refused(options):
     with pytest.raises(
         ValueError, match="nothing is left to draw in a frame, whose codes stop together: change forced"
     ):
-        drive(MaskSampler(order="random", count="linear", **options), TORN, 3, 2)
+        drive(MaskSampler(order="random", unmasking="linear", **options), TORN, 3, 2)
 
 
 def test_editing_turns_no_content_into_a_stop():
     """Once anything is decided, the model is sure that all stop."""
-    sampler = MaskSampler(order="random", count="linear", remask="edit", edit_threshold=0.5)
+    sampler = MaskSampler(order="random", unmasking="linear", remask="edit", editing_threshold=0.5)
     drawn_RN, _ = drive(sampler, TORN, 3, 500)
     assert bool(((drawn_RN == 2).sum(1) % 3 == 0).all())
     assert 20 < int((drawn_RN[:, 0] == 2).sum()) < 480

@@ -258,7 +258,7 @@ model:
       tide: {plugin: tide_gauge}
     transformer: {hidden_size: 16, num_layers: 1, num_heads: 2}
 data:
-  class_path: multidiff.data.module.DocumentData
+  class_path: multidiff.data.module.DocumentDataModule
   init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}", batch_size: 2, row_length: null}
 trainer:
   max_steps: 2
@@ -288,7 +288,16 @@ def test_plugins_train_and_generate_where_they_are_installed(environment, tmp_pa
     assert (tmp_path / "model" / "tokenizers" / "tune" / "melody.json").is_file()
 
     generate = [environment / "multidiff", "generate", "--model", "model", "--steps", "2", "--output", "out"]
-    fill = ["--fill", "tune:notes=5", "--fill", "map:height=8,width=4", "--fill", "tide:samples=6", "--num", "2"]
+    fill = [
+        "--fill",
+        "tune:notes=5",
+        "--fill",
+        "map:height=8,width=4",
+        "--fill",
+        "tide:samples=6",
+        "--num-samples",
+        "2",
+    ]
     printed = run(*generate, "--given", "text=up", *fill, cwd=tmp_path).split()
     assert sorted(printed) == [f"out/{name}" for name in sorted(NAMES)]
     for number in range(2):

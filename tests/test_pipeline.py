@@ -10,7 +10,7 @@ from diffusers import AmusedScheduler
 from safetensors.torch import load_file, save_file
 from toys import Frames, Grid, generator
 
-from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline, Partial
+from multidiff import Blank, Given, Masked, MaskSampler, MultiDiffPipeline
 from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.vocabulary import SharedVocabulary
@@ -51,7 +51,7 @@ def items(documents):
 @pytest.mark.parametrize("order", ["random", "confidence"])
 @pytest.mark.parametrize("count", ["linear", "cosine"])
 def test_batching_changes_nothing(pipe, order, count):
-    pipe.samplers = {name: MaskSampler(order=order, count=count, num_inference_steps=5) for name in pipe.tokenizers}
+    pipe.samplers = {name: MaskSampler(order=order, unmasking=count, num_inference_steps=5) for name in pipe.tokenizers}
     together = pipe(DOCUMENTS, generator=[generator(i) for i in range(7)])
     backwards = pipe(DOCUMENTS[::-1], generator=[generator(i) for i in range(7)][::-1])
     assert items(together.documents) == items(backwards.documents[::-1])
@@ -88,11 +88,11 @@ def test_given_comes_back_and_shapes_are_right(pipe):
 def test_known_codes_are_kept_bit_for_bit(pipe):
     codes = pipe.tokenizers["picture"].encode([[0, 1, 2, 3, 4, 0]])[0]
     known_N = torch.tensor([True, False, True, False, False, True])
-    result = pipe([[Given("note", [1]), Partial("picture", codes, known_N)]], generator=generator()).documents[0][1]
+    result = pipe([[Given("note", [1]), Masked("picture", codes, known_N)]], generator=generator()).documents[0][1]
     assert torch.equal(result.codes.ids_N[known_N], codes.ids_N[known_N])
     speech = pipe.tokenizers["speech"].encode([[1, 2, 3, 0, 2, 1]])[0]
     known_N = torch.tensor([True, True, False, False, True, True])
-    result = pipe([[Partial("speech", speech, known_N)]], generator=generator()).documents[0][0]
+    result = pipe([[Masked("speech", speech, known_N)]], generator=generator()).documents[0][0]
     assert torch.equal(result.codes.ids_N[:2], speech.ids_N[:2])
 
 
@@ -100,7 +100,7 @@ def test_a_partial_segment_does_not_end_within_what_is_known(pipe):
     codes = pipe.tokenizers["note"].encode([[1, 2, 3, 4, 5, 0]])[0]
     known_N = torch.tensor([True, False, False, False, False, True])
     for seed in range(30):
-        result = pipe([[Partial("note", codes, known_N)]], generator=generator(seed)).documents[0][0]
+        result = pipe([[Masked("note", codes, known_N)]], generator=generator(seed)).documents[0][0]
         assert len(result.item) == 6
         assert (result.item[0], result.item[5]) == (1, 0)
 
@@ -154,7 +154,7 @@ def test_bad_requests(pipe):
             pipe(documents, **options)
     codes = pipe.tokenizers["note"].encode([[1, 2]])[0]
     with pytest.raises(ValueError, match="one for each of 2 codes"):
-        pipe([[Partial("note", codes, torch.ones(3, dtype=torch.bool))]])
+        pipe([[Masked("note", codes, torch.ones(3, dtype=torch.bool))]])
     with pytest.raises(ValueError, match="picture"):
         MultiDiffPipeline(pipe.transformer, pipe.vocabulary, {**pipe.tokenizers, "picture": Grid(4)})
 
@@ -172,8 +172,8 @@ def test_segments_say_what_they_are(pipe):
     codes = pipe.tokenizers["note"].encode([[1, 2]])[0]
     assert repr(Given("text", "seven")) == "Given('text', 'seven')"
     assert repr(Blank("picture", height=3, width=5)) == "Blank('picture', height=3, width=5)"
-    assert repr(Partial("note", codes, torch.tensor([True, False]), 4)) == (
-        "Partial('note', 1 of 2 codes known, room=4)"
+    assert repr(Masked("note", codes, torch.tensor([True, False]), 4)) == (
+        "Masked('note', 1 of 2 codes known, max_new_units=4)"
     )
     for item in ("a" * 10_000, torch.zeros(100, 100), [1] * 10_000):
         assert len(repr(Given("x", item))) < 90
@@ -210,10 +210,10 @@ def test_what_was_not_seen_in_training_is_remarked_on_in_given_segments_too():
 def test_every_module_keeps_its_mode(pipe):
     pipe = make({"note": Frames((6,))})
     pipe.transformer.train()
-    pipe.transformer.blocks[0].eval()
+    pipe.transformer.layers[0].eval()
     modes = [module.training for module in pipe.transformer.modules()]
     inside = []
-    pipe([[Blank("note")]], callback_on_step_end=lambda *_: inside.append(pipe.transformer.blocks[1].training))
+    pipe([[Blank("note")]], callback_on_step_end=lambda *_: inside.append(pipe.transformer.layers[1].training))
     assert [module.training for module in pipe.transformer.modules()] == modes
     assert len(set(modes)) == 2
     assert not any(inside)

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from ranks import QUIET, TOKENIZERS, documents_of, gradient, small_training
 from runs import write_folder
 
-from multidiff.data import DocumentData
+from multidiff.data import DocumentDataModule
 from multidiff.training import module as training
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_ranks(folder):
     """What each of two processes returned."""
-    data = DocumentData(str(folder / "data"), TOKENIZERS, batch_size=2, row_length=40)
+    data = DocumentDataModule(str(folder / "data"), TOKENIZERS, batch_size=2, row_length=40)
     module = training.MaskedDiffusionModule(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
     trainer = Trainer(**QUIET, max_steps=3, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
@@ -65,7 +65,7 @@ def of_ranks(folder):
 @pytest.mark.parametrize("normalisation", ["targets", "masked"])
 def test_every_token_counts_the_same_in_any_layout_of_a_step(folder, of_ranks, normalisation, monkeypatch):
     """Eight documents at once, four times two accumulated, a part of an accumulation, twice four on two ranks."""
-    for name in ("draw_roles", "draw_levels", "corrupt"):
+    for name in ("draw_roles", "draw_times", "corrupt"):
         monkeypatch.setattr(training, name, getattr(training, name))  # put back what `gradient` replaces
     documents, sequencer = documents_of(folder / "data")
     once = gradient([documents], sequencer, normalisation)

@@ -70,7 +70,7 @@ def logs(tmp_path_factory):
         with SummaryWriter(str(folder / run)) as writer:
             for step in steps:
                 writer.add_scalar("train/text", 5.0 - step / 100 + (run == "version_1"), step)
-            writer.add_scalar("validation/text/given", 1.5, steps[-1])
+            writer.add_scalar("validation/text/conditional", 1.5, steps[-1])
             writer.add_scalar("validation/joint", 2.5, steps[-1])
             writer.add_scalar("lr-AdamW", 1e-3, steps[-1])
     return folder
@@ -132,8 +132,8 @@ def test_one_memorised_picture_has_no_diversity():
 
 
 def test_bounds_are_nested_by_tokenizer():
-    results = {"test/text/given": 0.123456, "test/text/alone": 1.0, "test/joint": 2.0, "epoch": 3.0}
-    assert bounds(results) == {"text": {"given": 0.1235, "alone": 1.0}, "joint": 2.0}
+    results = {"test/text/conditional": 0.123456, "test/text/unconditional": 1.0, "test/joint": 2.0, "epoch": 3.0}
+    assert bounds(results) == {"text": {"conditional": 0.1235, "unconditional": 1.0}, "joint": 2.0}
 
 
 def test_metrics_are_written_whole(tmp_path):
@@ -172,7 +172,7 @@ def test_scalars_of_a_resumed_run_are_one_curve(logs):
 
 def test_page_is_self_contained(tmp_path, pipeline, measured, logs):
     metrics, samples = measured
-    facts = {"bound_nats_per_token": {"text": {"given": 1.0}, "joint": 2.0}, "parameters": 1234567}
+    facts = {"bound_nats_per_token": {"text": {"conditional": 1.0}, "joint": 2.0}, "parameters": 1234567}
     path = write_report(
         tmp_path / "new" / "report.html",
         pipeline,

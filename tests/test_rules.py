@@ -16,7 +16,7 @@ from toys import generator
 from multidiff.samplers import MaskSampler
 from multidiff.samplers.order import halton_ranks
 from multidiff.samplers.remasking import alphas, sigma
-from multidiff.samplers.token_sampling import choose
+from multidiff.samplers.token_sampling import sample_tokens
 from multidiff.samplers.unmasking import entropy_bound, factor, threshold
 
 
@@ -55,7 +55,7 @@ def test_llada(temperature, steps, block):
             for n in sorted(masked, key=lambda n: -confidence[n])[:transfer]:
                 row[n] = guess[n]
     sampler = MaskSampler(
-        count="linear", block_size=block, temperature=temperature, draw="gumbel" if temperature else "inverse"
+        unmasking="linear", block_length=block, temperature=temperature, draw="gumbel" if temperature else "inverse"
     )
     ours_RN = run(sampler, torch.full((1, length), size), steps, model, [generator(7)])
     assert ours_RN[0].tolist() == row
@@ -112,10 +112,10 @@ def test_greedy_rules_step_by_step(rule):
             row[n] = int(p_NV[n].argmax())
         seen.append(list(row))
     sampler = {
-        "threshold": MaskSampler(count="threshold", threshold=0.6, temperature=0.0),
-        "factor": MaskSampler(count="factor", factor=1.1, temperature=0.0),
-        "entropy_bound": MaskSampler(order="entropy", count="entropy_bound", entropy_bound=0.8, temperature=0.0),
-        "margin": MaskSampler(order="margin", count="linear", temperature=0.0),
+        "threshold": MaskSampler(unmasking="threshold", threshold=0.6, temperature=0.0),
+        "factor": MaskSampler(unmasking="factor", factor=1.1, temperature=0.0),
+        "entropy_bound": MaskSampler(order="entropy", unmasking="entropy_bound", entropy_bound=0.8, temperature=0.0),
+        "margin": MaskSampler(order="margin", unmasking="linear", temperature=0.0),
     }[rule]
     ours = []
     run(sampler, torch.full((1, length), size), 5 if rule == "margin" else None, model, [generator()], ours)
@@ -126,13 +126,13 @@ def test_greedy_rules_step_by_step(rule):
 
 @given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=12), st.floats(0.01, 0.99))
 def test_adaptive_counts(probabilities, bound):
-    p_N = torch.tensor(sorted(probabilities, reverse=True), dtype=torch.float64)
-    padded_RN = torch.cat([p_N, torch.full((2,), -1.0, dtype=torch.float64)])[None]
+    probs_N = torch.tensor(sorted(probabilities, reverse=True), dtype=torch.float64)
+    padded_RN = torch.cat([probs_N, torch.full((2,), -1.0, dtype=torch.float64)])[None]
     assert int(threshold(padded_RN, bound)) == max(1, sum(p >= bound for p in probabilities))
-    fitting = [n for n in range(1, len(p_N) + 1) if (n + 1) * (1 - float(p_N[n - 1])) < 3 * bound]
+    fitting = [n for n in range(1, len(probs_N) + 1) if (n + 1) * (1 - float(probs_N[n - 1])) < 3 * bound]
     assert int(factor(padded_RN, 3 * bound)) == max(fitting, default=1)
-    padded_RN = torch.cat([p_N.flip(0), torch.full((2,), torch.inf, dtype=torch.float64)])[None]
-    before = [float(p_N.flip(0)[:n].sum()) for n in range(len(p_N))]
+    padded_RN = torch.cat([probs_N.flip(0), torch.full((2,), torch.inf, dtype=torch.float64)])[None]
+    before = [float(probs_N.flip(0)[:n].sum()) for n in range(len(probs_N))]
     assume(all(abs(total - bound) > 1e-9 for total in before))
     assert int(entropy_bound(padded_RN, bound)) == sum(total <= bound for total in before)
     empty_RN = torch.full((1, 3), -1.0, dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_posterior_on_a_toy_joint(remask):
                 following[target] += q
         share = following
     assert sum(share[state] for state in states if size in state) < 1e-9
-    sampler = MaskSampler(order="random", count="ancestral", **remask)
+    sampler = MaskSampler(order="random", unmasking="ancestral", **remask)
     drawn_RN = run(sampler, torch.full((number, 3), size), steps, model, [generator(3)] * number)
     final = [state for state in states if size not in state]
     counts = [int((drawn_RN == torch.tensor(state)).all(1).sum()) for state in final]
@@ -190,13 +190,13 @@ def test_posterior_on_a_toy_joint(remask):
 
 
 def test_conf_remasks_the_unsure():
-    p_RN = torch.tensor([[0.9, 0.2, torch.nan, 0.5]], dtype=torch.float64)
+    probs_RN = torch.tensor([[0.9, 0.2, torch.nan, 0.5]], dtype=torch.float64)
     one, four = torch.tensor([1]), torch.tensor([4])
     alpha_R2 = alphas(one, four, "conf", 0.55, 0.05, 0.9)
     assert alpha_R2.tolist() == [[0.25, 0.5]]
     weight = np.exp([-0.9, -0.2, -0.5])
     expected = weight / weight.sum() * min(1, (1 - 0.5) / 0.25)
-    ours = sigma(alpha_R2, one, four, p_RN, "conf", None, 0.55, 0.05)[0]
+    ours = sigma(alpha_R2, one, four, probs_RN, "conf", None, 0.55, 0.05)[0]
     np.testing.assert_allclose(ours[[0, 1, 3]].numpy(), expected)
     assert float(ours[2]) == 0
 
@@ -236,7 +236,7 @@ def decided_in_turn(sampler, coords_RN3, levels_RN=None, size=3, extent_RN3=None
 
 def test_orders_by_place():
     line_RN3 = torch.arange(5)[None, :, None].expand(1, 5, 3)
-    linear = {"count": "linear", "temperature": 0.0}
+    linear = {"unmasking": "linear", "temperature": 0.0}
     assert decided_in_turn(MaskSampler(order="left_to_right", **linear), line_RN3) == [[0], [1], [2], [3], [4]]
     assert decided_in_turn(MaskSampler(order="row_scan", **linear), grid(2, 2)) == [[0], [1], [2], [3]]
     ranks = torch.from_numpy(halton_ranks(3, 4)).flatten()
@@ -255,18 +255,18 @@ def test_orders_by_place():
 def test_coarse_to_fine_and_blocks():
     levels_RN = torch.arange(3).repeat(2)[None]
     coords_RN3 = torch.stack([torch.arange(2).repeat_interleave(3), levels_RN[0], torch.zeros(6)], -1)[None].long()
-    linear = {"count": "linear", "temperature": 0.0}
+    linear = {"unmasking": "linear", "temperature": 0.0}
     sure = decided_in_turn(MaskSampler(**linear), coords_RN3, levels_RN)
     assert sure == [[5], [4], [3], [2], [1], [0]]
     by_level = [[3], [0], [4], [1], [5], [2]]
     assert decided_in_turn(MaskSampler(level_penalty=100.0, **linear), coords_RN3, levels_RN) == by_level
-    assert decided_in_turn(MaskSampler(block_size="level", **linear), coords_RN3, levels_RN) == by_level
+    assert decided_in_turn(MaskSampler(block_length="level", **linear), coords_RN3, levels_RN) == by_level
     soft = decided_in_turn(MaskSampler(level_penalty=0.2, **linear), coords_RN3, levels_RN)
     assert soft not in (sure, by_level)
-    blocks = decided_in_turn(MaskSampler(block_size=4, **linear), coords_RN3, levels_RN)
+    blocks = decided_in_turn(MaskSampler(block_length=4, **linear), coords_RN3, levels_RN)
     assert blocks == [[3], [2], [1], [0], [5], [4]]
-    with pytest.raises(ValueError, match="num_inference_steps 1 is less than the 2 blocks of block_size 4"):
-        MaskSampler(block_size=4).start(torch.full((1, 6), 3), levels_RN, coords_RN3, 1)
+    with pytest.raises(ValueError, match="num_inference_steps 1 is less than the 2 blocks of block_length 4"):
+        MaskSampler(block_length=4).start(torch.full((1, 6), 3), levels_RN, coords_RN3, 1)
 
 
 def test_truncations():
@@ -274,7 +274,7 @@ def test_truncations():
     uniform_M = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
 
     def drawn(**truncation):
-        tokens = choose(p_V.log().expand(1000, 5), uniform_M, **truncation).token_M
+        tokens = sample_tokens(p_V.log().expand(1000, 5), uniform_M, **truncation).token_M
         return (torch.bincount(tokens, minlength=5) / 1000).tolist()
 
     assert drawn() == pytest.approx(p_V.tolist(), abs=2e-3)
@@ -290,7 +290,7 @@ def test_gumbel_draws_follow_the_distribution():
     p_V = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)
     uniform_MV = torch.rand(20_000, 4, generator=generator(), dtype=torch.float64)
     for temperature in (1.0, 0.5):
-        tokens = choose(p_V.log().expand(20_000, 4), uniform_MV, temperature=temperature).token_M
+        tokens = sample_tokens(p_V.log().expand(20_000, 4), uniform_MV, temperature=temperature).token_M
         counts = torch.bincount(tokens, minlength=4)
         expected = p_V ** (1 / temperature) / (p_V ** (1 / temperature)).sum() * 20_000
         assert counts[1] == 0
@@ -299,7 +299,7 @@ def test_gumbel_draws_follow_the_distribution():
 
 def test_a_forced_place_that_is_no_number_is_a_sentence():
     with pytest.raises(ValueError, match=r"^here: forced {'x': 3} must be a table of whole numbers, place: id"):
-        MaskSampler.from_settings({"forced": {"x": 3}}, "here")
+        MaskSampler.from_settings({"forced_tokens": {"x": 3}}, "here")
 
 
 def test_forbidden_forced_and_repeated_codes():
@@ -307,22 +307,25 @@ def test_forbidden_forced_and_repeated_codes():
     blank_RN = torch.full((1, 5), 4)
 
     def made(**options):
-        sampler = MaskSampler(count="linear", temperature=0.0, **options)
+        sampler = MaskSampler(unmasking="linear", temperature=0.0, **options)
         return run(sampler, blank_RN, 5, lambda row_N: logits_NV, [generator()])[0].tolist()
 
     assert made() == [0] * 5
-    assert made(forbidden=[0, 2]) == [1] * 5
-    assert made(forced={1: 3, 4: 2}) == [0, 3, 0, 0, 2]
-    assert made(forced={"1": 3}) == [0, 3, 0, 0, 0]  # as JSON has it
-    # log p of code 0 is -0.44, of code 1 -1.44: it takes a factor of more than 3.3 to choose another the second time.
+    assert made(suppress_tokens=[0, 2]) == [1] * 5
+    assert made(forced_tokens={1: 3, 4: 2}) == [0, 3, 0, 0, 2]
+    assert made(forced_tokens={"1": 3}) == [0, 3, 0, 0, 0]  # as JSON has it
+    # log p of code 0 is -0.44, of code 1 -1.44: it takes a factor of more than 3.3 to choose another one.
     assert made(repetition_penalty=3.0) == [0] * 5
     assert sorted(made(repetition_penalty=3.5)) == [0, 0, 0, 0, 1]
     for options, message in (
-        ({"forbidden": [4]}, "forbidden: no code is called 4; there are 0 to 3"),
-        ({"forbidden": [0, 1, 2, 3]}, "forbidden leaves none of the 4 codes"),
-        ({"forbidden": [1], "forced": {0: 1}}, "forced wants code 1 at place 0, which forbidden rules out"),
+        ({"suppress_tokens": [4]}, "suppress_tokens: no code is called 4; there are 0 to 3"),
+        ({"suppress_tokens": [0, 1, 2, 3]}, "forbidden leaves none of the 4 codes"),
+        (
+            {"suppress_tokens": [1], "forced_tokens": {0: 1}},
+            "forced wants code 1 at place 0, which forbidden rules out",
+        ),
         ({"min_length": 2}, "min_length 2 needs codes whose length varies"),
-        ({"forced": {5: 1}}, "forced: place 5 is none of the 5 codes to fill in"),
+        ({"forced_tokens": {5: 1}}, "forced_tokens: place 5 is none of the 5 codes to fill in"),
     ):
         with pytest.raises(ValueError, match=message):
             made(**options)
@@ -334,7 +337,7 @@ def test_lengths(least, most, stops_at):
     coords_RN3 = torch.arange(6)[None, :, None].expand(1, 6, 3)
     logits_NV = torch.zeros(6, 4, dtype=torch.float64)
     logits_NV[:, 3] = 5.0 if most is None or least is not None else -5.0
-    sampler = MaskSampler(count="linear", temperature=0.0, min_length=least, max_length=most)
+    sampler = MaskSampler(unmasking="linear", temperature=0.0, min_length=least, max_length=most)
     sample_RN = torch.full((1, 6), 4)
     state = sampler.start(sample_RN, torch.zeros_like(sample_RN), coords_RN3, 1, torch.full_like(sample_RN, 3))
     where_RN = sampler.needs(state)
@@ -346,10 +349,10 @@ def test_restrictions_that_leave_nothing_are_named():
     coords_RN3 = torch.arange(4)[None, :, None].expand(1, 4, 3)
     sample_RN = torch.full((1, 4), 4)
     for options, temperature in (
-        ({"max_length": 1, "forbidden": [3]}, 1.0),
-        ({"forced": {0: 3}, "min_length": 1}, 0.0),
+        ({"max_length": 1, "suppress_tokens": [3]}, 1.0),
+        ({"forced_tokens": {0: 3}, "min_length": 1}, 0.0),
     ):
-        sampler = MaskSampler(count="linear", temperature=temperature, **options)
+        sampler = MaskSampler(unmasking="linear", temperature=temperature, **options)
         state = sampler.start(sample_RN, torch.zeros_like(sample_RN), coords_RN3, 1, torch.full_like(sample_RN, 3))
         with pytest.raises(ValueError, match=r"nothing is left to draw at a position: change (forbidden|forced)"):
             sampler.step(
@@ -362,7 +365,7 @@ def test_a_penalty_is_for_content_of_the_same_level():
     logits_NV = torch.tensor([0.5, 0.0, -9.0, 1.0], dtype=torch.float64).expand(4, 4)
     sample_RN = torch.full((1, 4), 4)
     levels_RN = torch.tensor([[0, 0, 1, 1]])
-    sampler = MaskSampler(order="left_to_right", count="linear", temperature=0.0, repetition_penalty=5.0)
+    sampler = MaskSampler(order="left_to_right", unmasking="linear", temperature=0.0, repetition_penalty=5.0)
     coords_RN3 = torch.arange(4)[None, :, None].expand(1, 4, 3)
     for stop, expected in ((3, [3, 3, 3, 3]), (-1, [3, 0, 3, 0])):
         made_RN = sample_RN
@@ -377,7 +380,9 @@ def test_a_penalty_is_for_content_of_the_same_level():
 
 
 def test_settings_survive_json():
-    sampler = MaskSampler(forced={0: 2, 3: 1}, forbidden=[5], guidance_scale={"text": 2.0}, canvas={"frames": 4})
+    sampler = MaskSampler(
+        forced_tokens={0: 2, 3: 1}, suppress_tokens=[5], guidance_scale={"text": 2.0}, canvas={"frames": 4}
+    )
     again = MaskSampler.from_settings(json.loads(json.dumps(sampler.settings)), "x")
     assert again.settings == sampler.settings
 
@@ -390,11 +395,11 @@ def test_editing_replaces_what_the_model_has_come_to_doubt():
         p_V = torch.tensor([0.05, 0.95] if sure else [0.6, 0.4], dtype=torch.float64)
         return p_V.log().expand(4, 2)
 
-    blank_RN, shared = torch.full((1, 4), 2), {"count": "linear", "temperature": 0.0}
+    blank_RN, shared = torch.full((1, 4), 2), {"unmasking": "linear", "temperature": 0.0}
     assert run(MaskSampler(**shared), blank_RN, 4, model, [generator()]).tolist() == [[0, 1, 1, 1]]
-    edited = MaskSampler(remask="edit", edit_threshold=0.9, **shared)
+    edited = MaskSampler(remask="edit", editing_threshold=0.9, **shared)
     assert run(edited, blank_RN, 4, model, [generator()]).tolist() == [[1, 1, 1, 1]]
-    strict = MaskSampler(remask="edit", edit_threshold=0.99, **shared)
+    strict = MaskSampler(remask="edit", editing_threshold=0.99, **shared)
     assert run(strict, blank_RN, 4, model, [generator()]).tolist() == [[0, 1, 1, 1]]
 
 
@@ -402,51 +407,51 @@ def test_editing_replaces_what_the_model_has_come_to_doubt():
     ("options", "names"),
     [
         ({"order": "hilbert"}, "order 'hilbert' must be one of random, confidence"),
-        ({"count": "half"}, "count 'half' must be one of linear, cosine"),
+        ({"unmasking": "half"}, "count 'half' must be one of linear, cosine"),
         ({"top_p": 0}, "top_p 0"),
         ({"temperature": -1}, "temperature -1 must be at least 0"),
         ({"num_inference_steps": 0}, "num_inference_steps 0"),
         ({"order": "random", "order_temperature": 1.0}, "order 'random' does not go with order_temperature 1.0"),
-        ({"count": "threshold", "threshold": 0.9, "order": "margin"}, "count 'threshold' .* order 'margin'"),
-        ({"count": "entropy_bound", "entropy_bound": 0.1}, "count 'entropy_bound' .* order 'confidence'"),
+        ({"unmasking": "threshold", "threshold": 0.9, "order": "margin"}, "count 'threshold' .* order 'margin'"),
+        ({"unmasking": "entropy_bound", "entropy_bound": 0.1}, "count 'entropy_bound' .* order 'confidence'"),
         (
-            {"count": "threshold", "threshold": 0.9, "num_inference_steps": 4},
+            {"unmasking": "threshold", "threshold": 0.9, "num_inference_steps": 4},
             "count 'threshold' .* num_inference_steps 4",
         ),
-        ({"count": "threshold"}, "count 'threshold' needs threshold"),
+        ({"unmasking": "threshold"}, "count 'threshold' needs threshold"),
         ({"threshold": 0.9}, "threshold 0.9 goes with count threshold, not 'cosine'"),
         ({"eta": 0.1}, "eta 0.1 goes with remask cap or rescale or loop, not 'none'"),
         ({"remask": "cap", "eta": 0.1}, "remask 'cap' does not go with count 'cosine'"),
-        ({"remask": "cap", "order": "random", "count": "ancestral"}, "remask 'cap' needs eta"),
-        ({"order": "random", "count": "ancestral", "block_size": 4}, "count 'ancestral' .* block_size 4"),
+        ({"remask": "cap", "order": "random", "unmasking": "ancestral"}, "remask 'cap' needs eta"),
+        ({"order": "random", "unmasking": "ancestral", "block_length": 4}, "count 'ancestral' .* block_length 4"),
         ({"temperature": "hot"}, "temperature 'hot' must be a number"),
         ({"temperature": math.nan}, "temperature nan must be a number"),
         ({"temperature": math.inf}, "temperature inf must be a number, at most 1,000,000"),
         ({"temperature": 1e-300}, "temperature 1e-300 must be 0, which is greedy, or at least"),
         ({"top_k": 10**400}, "must be a whole number, at most 1,000,000"),
-        ({"forced": {"first": 1}}, "forced .* must be a table of whole numbers"),
+        ({"forced_tokens": {"first": 1}}, "forced .* must be a table of whole numbers"),
         ({"guidance_scale": math.inf}, "guidance_scale inf must be a number or a table of numbers"),
         ({"guidance_scale": {"text": math.nan}}, "guidance_scale .* must be a number or a table of numbers"),
         ({"guidance_schedule": ["a", "b"], "guidance_scale": 2.0}, "guidance_schedule .* must be constant, linear"),
         ({"top_k": 2.5}, "top_k 2.5 must be a whole number"),
-        ({"block_size": True}, "block_size True must be a whole number or 'level'"),
-        ({"forbidden": 5}, "forbidden 5 must be a list of whole numbers"),
-        ({"forced": [1]}, r"forced \[1\] must be a table of whole numbers"),
+        ({"block_length": True}, "block_length True must be a whole number or 'level'"),
+        ({"suppress_tokens": 5}, "forbidden 5 must be a list of whole numbers"),
+        ({"forced_tokens": [1]}, r"forced \[1\] must be a table of whole numbers"),
         ({"canvas": 5}, "canvas 5 must be a table of whole numbers"),
         ({"guidance_scale": "x"}, "guidance_scale 'x' must be a number or a table of numbers"),
         ({"num_inference_steps": 2.5}, "num_inference_steps 2.5 must be a whole number"),
-        ({"exponent": 0.5, "count": "power"}, "exponent 0.5 must be at least 1"),
+        ({"exponent": 0.5, "unmasking": "power"}, "exponent 0.5 must be at least 1"),
         (
-            {"count": "factor", "factor": 1.0, "guidance_scale": 2.0, "guidance_schedule": "linear"},
+            {"unmasking": "factor", "factor": 1.0, "guidance_scale": 2.0, "guidance_schedule": "linear"},
             "count 'factor' does not go with guidance_schedule 'linear'",
         ),
-        ({"cache": "approximate_dual"}, "cache 'approximate_dual' does not go with block_size None"),
+        ({"cache": "approximate_dual"}, "cache 'approximate_dual' does not go with block_length None"),
         (
-            {"cache": "approximate_dual", "block_size": 4, "remask": "edit", "edit_threshold": 0.9},
+            {"cache": "approximate_dual", "block_length": 4, "remask": "edit", "editing_threshold": 0.9},
             "cache .* remask 'edit'",
         ),
         ({"temperature": 0.0, "top_p": 0.9}, "temperature 0.0 does not go with top_p 0.9"),
-        ({"block_size": "row"}, "block_size 'row' must be a whole number or 'level'"),
+        ({"block_length": "row"}, "block_length 'row' must be a whole number or 'level'"),
         ({"min_length": 3, "max_length": 2}, "min_length 3 is more than max_length 2"),
         ({"guidance_schedule": "linear"}, "guidance_schedule 'linear' needs guidance_scale"),
         ({"guidance_schedule": "sine", "guidance_scale": 2.0}, "guidance_schedule 'sine' must be"),
@@ -458,18 +463,21 @@ def test_contradictory_settings_are_named(options, names):
 
 
 SAMPLERS = [
-    *({"order": order, "count": "cosine"} for order in ("random", "confidence", "margin", "entropy", "left_to_right")),
-    {"count": "arccos", "order_temperature": 2.0},
-    {"count": "power", "exponent": 2.0, "top_k": 3, "typical_p": 0.9},
-    {"count": "linear", "block_size": 3, "draw": "gumbel"},
-    {"count": "threshold", "threshold": 0.4},
-    {"count": "factor", "factor": 1.2, "block_size": 3},
-    {"order": "entropy", "count": "entropy_bound", "entropy_bound": 1.0},
-    {"order": "random", "count": "ancestral"},
-    {"order": "random", "count": "ancestral", "remask": "cap", "eta": 0.2},
-    {"order": "random", "count": "ancestral", "remask": "conf"},
-    {"count": "linear", "remask": "edit", "edit_threshold": 0.4},
-    {"count": "linear", "repetition_penalty": 2.0, "forbidden": [1]},
+    *(
+        {"order": order, "unmasking": "cosine"}
+        for order in ("random", "confidence", "margin", "entropy", "left_to_right")
+    ),
+    {"unmasking": "arccos", "order_temperature": 2.0},
+    {"unmasking": "power", "exponent": 2.0, "top_k": 3, "typical_p": 0.9},
+    {"unmasking": "linear", "block_length": 3, "draw": "gumbel"},
+    {"unmasking": "threshold", "threshold": 0.4},
+    {"unmasking": "factor", "factor": 1.2, "block_length": 3},
+    {"order": "entropy", "unmasking": "entropy_bound", "entropy_bound": 1.0},
+    {"order": "random", "unmasking": "ancestral"},
+    {"order": "random", "unmasking": "ancestral", "remask": "cap", "eta": 0.2},
+    {"order": "random", "unmasking": "ancestral", "remask": "conf"},
+    {"unmasking": "linear", "remask": "edit", "editing_threshold": 0.4},
+    {"unmasking": "linear", "repetition_penalty": 2.0, "suppress_tokens": [1]},
 ]
 
 
@@ -489,7 +497,7 @@ def test_every_row_is_as_if_alone(options, lengths, seed):
         number = sample_RN.shape[1]
         zeros_RN = torch.zeros_like(sample_RN)
         coords_RN3 = torch.arange(number)[None, :, None].expand(len(sample_RN), number, 3)
-        own = 4 if options["count"] not in ("threshold", "factor", "entropy_bound") else None
+        own = 4 if options["unmasking"] not in ("threshold", "factor", "entropy_bound") else None
         state = sampler.start(sample_RN, zeros_RN, coords_RN3, own)
         generators = [generator(seed) for seed in seeds]
         for timestep in range(state.steps - 1, -1, -1):

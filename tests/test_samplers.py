@@ -13,7 +13,7 @@ from toys import generator
 
 from multidiff.samplers import MaskSampler, as_sampler
 from multidiff.samplers.guidance import guide, scale_at
-from multidiff.samplers.token_sampling import choose
+from multidiff.samplers.token_sampling import sample_tokens
 from multidiff.samplers.unmasking import SCHEDULES
 
 
@@ -55,7 +55,7 @@ def test_random_order_one_at_a_time_samples_the_joint(seed):
     joint /= joint.sum()
     number = 6000
     masked_RN = torch.full((number, 3), 3)
-    sampler = MaskSampler(order="random", count="linear")
+    sampler = MaskSampler(order="random", unmasking="linear")
     drawn_RN = run(sampler, masked_RN, 3, conditionals(joint), [generator(seed + 2)] * number)
     counts = torch.zeros(3, 3, 3).index_put((*drawn_RN.T,), torch.ones(number), accumulate=True)
     likely = joint * number >= 5
@@ -107,7 +107,7 @@ def test_everything_is_decided_and_nothing_twice(order, count, steps, lengths, s
     sample_RN = torch.where(torch.arange(width) < torch.tensor(lengths)[:, None], 4, -1)
     table_NV = torch.randn(width, 4, generator=generator(seed))
     table_NV[:, 2] = -torch.inf
-    sampler = MaskSampler(order=order, count=count, temperature=0.7, top_p=0.9)
+    sampler = MaskSampler(order=order, unmasking=count, temperature=0.7, top_p=0.9)
     generators = [generator(seed + row) for row in range(len(lengths))]
     seen = [sample_RN]
     final_RN = run(sampler, sample_RN, steps, lambda row_N: table_NV, generators, seen)
@@ -132,7 +132,7 @@ def test_everything_is_decided_and_nothing_twice(order, count, steps, lengths, s
 def test_confidence_decides_the_surest_first_and_ties_by_position():
     p_NV = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
     seen = []
-    sampler = MaskSampler(order="confidence", count="linear", temperature=0.0)
+    sampler = MaskSampler(order="confidence", unmasking="linear", temperature=0.0)
     final_RN = run(sampler, torch.full((1, 4), 2), 4, lambda row_N: p_NV.log(), [generator()], seen)
     orders = [int((row[0] != 2).sum()) for row in seen]
     assert orders == [1, 2, 3, 4]
@@ -148,7 +148,7 @@ def test_order_noise_is_gumbel_and_anneals(size):
     temperature, runs = 0.8, 3000
     sure_N = torch.linspace(0.55, 0.95, size, dtype=torch.float64)
     log_p_NV = torch.stack([sure_N, 1 - sure_N], -1).log()
-    sampler = MaskSampler(order="confidence", count="linear", order_temperature=temperature, temperature=0.0)
+    sampler = MaskSampler(order="confidence", unmasking="linear", order_temperature=temperature, temperature=0.0)
     seen = []
     generators = [generator(seed) for seed in range(runs)]
     run(sampler, torch.full((runs, size), 2), size, lambda row_N: log_p_NV, generators, seen)
@@ -162,15 +162,15 @@ def test_draws_follow_the_distribution_in_fp64():
     p_V = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)
     uniform_M = torch.rand(20_000, generator=generator(), dtype=torch.float64)
     uniform_M[:3] = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    choice = choose(p_V.log().expand(20_000, 4), uniform_M, temperature=1.0, top_p=1.0)
-    assert choice.token_M[:3].tolist() == [0, 2, 3]
-    counts = torch.bincount(choice.token_M, minlength=4)
+    candidates = sample_tokens(p_V.log().expand(20_000, 4), uniform_M, temperature=1.0, top_p=1.0)
+    assert candidates.token_M[:3].tolist() == [0, 2, 3]
+    counts = torch.bincount(candidates.token_M, minlength=4)
     assert counts[1] == 0
     assert chisquare(counts[[0, 2, 3]].numpy(), [10_000, 6_000, 4_000]).pvalue > 1e-3
-    torch.testing.assert_close(choice.log_p_M, p_V.log()[choice.token_M])
-    cut = choose(p_V.log().expand(20_000, 4), uniform_M, temperature=1.0, top_p=0.6)
+    torch.testing.assert_close(candidates.log_p_M, p_V.log()[candidates.token_M])
+    cut = sample_tokens(p_V.log().expand(20_000, 4), uniform_M, temperature=1.0, top_p=0.6)
     assert set(cut.token_M.tolist()) == {0, 2}
-    cold = choose(p_V.log().expand(20_000, 4), uniform_M, temperature=0.5, top_p=1.0)
+    cold = sample_tokens(p_V.log().expand(20_000, 4), uniform_M, temperature=0.5, top_p=1.0)
     squared = p_V**2 / (p_V**2).sum() * 20_000
     counts = torch.bincount(cold.token_M, minlength=4)
     assert chisquare(counts[[0, 2, 3]].numpy(), squared[[0, 2, 3]].numpy()).pvalue > 1e-3
@@ -195,11 +195,11 @@ def test_guidance():
     st.one_of(st.integers(1, 30), st.just("level")),
     st.integers(0, 60),
 )
-def test_plans_are_the_schedules_of_the_blocks(count, levels, block_size, more):
+def test_plans_are_the_schedules_of_the_blocks(count, levels, block_length, more):
     """The steps that are left when every block has one go to blocks in proportion to what is left of these."""
     levels_N = torch.tensor([level for level, number in levels for _ in range(number)])
     number = len(levels_N)
-    blocks = levels_N.tolist() if block_size == "level" else [n // block_size for n in range(number)]
+    blocks = levels_N.tolist() if block_length == "level" else [n // block_length for n in range(number)]
     sizes = [blocks.count(block) for block in sorted(set(blocks))]
     steps = min(len(sizes) + more, number)
     expected, taken = [], 0
@@ -208,7 +208,7 @@ def test_plans_are_the_schedules_of_the_blocks(count, levels, block_size, more):
         until = (steps - len(sizes)) * left // max(1, number - len(sizes)) + block + 1
         expected += SCHEDULES[count](size, until - taken, **({"exponent": 2.0} if count == "power" else {}))
         taken = until
-    sampler = MaskSampler(count=count, block_size=block_size, exponent=2.0 if count == "power" else None)
+    sampler = MaskSampler(unmasking=count, block_length=block_length, exponent=2.0 if count == "power" else None)
     sample_RN, zeros_13 = torch.full((1, number), 5), torch.zeros(1, number, 3, dtype=torch.int64)
     state = sampler.start(sample_RN, levels_N[None], zeros_13, steps)
     assert state.decide_RK[0].tolist() == expected
@@ -232,7 +232,7 @@ def test_schedulers_get_no_such_logits(scheduler):
 
 
 def test_settings_survive_and_bad_ones_are_named(tmp_path):
-    sampler = MaskSampler(order="random", count="linear", top_p=0.9, canvas={"frames": 7})
+    sampler = MaskSampler(order="random", unmasking="linear", top_p=0.9, canvas={"frames": 7})
     assert MaskSampler.from_settings(sampler.settings, "x").settings == sampler.settings
     sampler.save_pretrained(tmp_path)
     assert MaskSampler.from_pretrained(tmp_path).settings == sampler.settings

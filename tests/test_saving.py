@@ -180,8 +180,8 @@ SETTINGS = {
     "guidance_scale 1e[+]308 must be": {"guidance_scale": 1e308},
     "no tokenizer is called 'smell'": {"guidance_scale": {"smell": 2}},
     "num_inference_steps 1000000000 must be": {"num_inference_steps": 10**9},
-    "no code is called 900": {"forbidden": [900]},
-    "forced .* must be a table": {"forced": {"-1": 3}},
+    "no code is called 900": {"suppress_tokens": [900]},
+    "forced .* must be a table": {"forced_tokens": {"-1": 3}},
     "canvas of text of size .*": {"canvas": {"frames": 3}},
     "has no room": {"canvas": {"tokens": 0}},
     "guidance_schedule .* must be constant": {"guidance_schedule": ["a", "b"]},
@@ -310,14 +310,14 @@ def test_a_module_becomes_a_pipeline(tmp_path):
     module = MaskedDiffusionModule(
         tokenizers,
         {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "dropout": 0.9},
-        tasks=[{"roles": {"text": "target", "others": "given"}, "drop": 0.1}],
+        tasks=[{"roles": {"text": "target", "others": "given"}, "condition_dropout": 0.1}],
         samplers={"text": {"canvas": {"tokens": 3}}},
     )
     module.train()
     pipe = MultiDiffPipeline.from_module(module)
     pipe.set_progress_bar_config(disable=True)
     one, two = (pipe([[Blank("text")]], generator=generator()).documents[0][0] for _ in range(2))
-    assert torch.equal(one.p_N, two.p_N)  # no dropout
+    assert torch.equal(one.probs_N, two.probs_N)  # no dropout
     assert module.transformer.training
     assert len(one.codes) <= 3
     assert pipe.transformer is module.transformer

@@ -12,7 +12,7 @@ from toys import generator
 
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MultiDiffPipeline
 from multidiff.cli import main
-from multidiff.data import DocumentData
+from multidiff.data import DocumentDataModule
 from multidiff.generation.editing import extend
 from multidiff.seeding import generator_for
 from multidiff.sequence.seen import SeenDocuments, most_units, usual_units
@@ -20,13 +20,13 @@ from multidiff.sequence.seen import SeenDocuments, most_units, usual_units
 VARIES = {"image": False, "text": True}
 
 
-def seen(shuffled=False, slack=None, orders=None):
+def seen(shuffled=False, max_eos_padding=None, orders=None):
     orders = orders or {("text", "image"): 3, ("image", "text", "text"): 2}
     sizes = {
         "text": Counter({json.dumps({"tokens": length}): 1 for length in range(1, 21)}),
         "image": Counter({json.dumps({"height": 8, "width": 8}): 1, json.dumps({"height": 8, "width": 16}): 2}),
     }
-    return SeenDocuments.of(Counter(orders), sizes, shuffled, slack or {}, VARIES)
+    return SeenDocuments.of(Counter(orders), sizes, shuffled, max_eos_padding or {}, VARIES)
 
 
 def test_the_usual_canvas_holds_nearly_all_items_and_their_end():
@@ -36,10 +36,11 @@ def test_the_usual_canvas_holds_nearly_all_items_and_their_end():
 
 
 @pytest.mark.parametrize(
-    ("length", "usual", "slack", "most"), [(3, 20, None, 20), (40, 20, None, 50), (0, 1, None, 1), (3, 20, 2, 5)]
+    ("length", "usual", "max_eos_padding", "most"),
+    [(3, 20, None, 20), (40, 20, None, 50), (0, 1, None, 1), (3, 20, 2, 5)],
 )
-def test_canvases_reach_what_generation_fills_in(length, usual, slack, most):
-    assert most_units(length, usual, slack) == most
+def test_canvases_reach_what_generation_fills_in(length, usual, max_eos_padding, most):
+    assert most_units(length, usual, max_eos_padding) == most
 
 
 def test_facts_of_a_split():
@@ -47,7 +48,7 @@ def test_facts_of_a_split():
     assert one.canvas == {"text": {"tokens": 20}, "image": {"height": 8, "width": 16}}
     assert one.sizes == {"text": {"tokens": (2, 25)}, "image": {"height": (8, 8), "width": (8, 16)}}
     assert one.orders == (("text", "image"), ("image", "text", "text"))
-    assert seen(slack={"text": 1}).sizes["text"] == {"tokens": (2, 21)}
+    assert seen(max_eos_padding={"text": 1}).sizes["text"] == {"tokens": (2, 21)}
     assert seen(shuffled=True, orders={("text", "image"): 1, ("image", "text"): 1}).orders == (("image", "text"),)
 
 
@@ -118,13 +119,13 @@ def pipeline_of(data):
 def test_segments_of_training_documents_come_in_every_order(tmp_path):
     folder = folder_of(tmp_path, ["abc"] * 3)
     folder_of(tmp_path, ["abc"], split="validation")
-    data = DocumentData(str(folder), TOKENIZERS)
+    data = DocumentDataModule(str(folder), TOKENIZERS)
     for split, orders in (("train", {("text", "image"), ("image", "text")}), ("validation", {("text", "image")})):
         documents = data.documents(split)
         found = {tuple(part.tokenizer for part in documents[epoch, 0]) for epoch in range(20)}
         assert found == orders
     assert data.seen.shuffled
-    kept = DocumentData(str(folder), TOKENIZERS, shuffle_segments=False)
+    kept = DocumentDataModule(str(folder), TOKENIZERS, shuffle_segments=False)
     documents = kept.documents("train")
     assert {tuple(part.tokenizer for part in documents[epoch, 0]) for epoch in range(20)} == {("text", "image")}
     assert kept.seen.orders == (("text", "image"),)
@@ -133,7 +134,7 @@ def test_segments_of_training_documents_come_in_every_order(tmp_path):
 def test_canvases_of_training_reach_the_one_of_generation(tmp_path):
     """Uniformly from one more than the text to the usual canvas, which nearly all texts fit."""
     texts = ["a" * length for length in range(1, 21)]
-    data = DocumentData(str(folder_of(tmp_path, texts)), TOKENIZERS, max_document_length=None)
+    data = DocumentDataModule(str(folder_of(tmp_path, texts)), TOKENIZERS, max_seq_length=None)
     documents, usual = data.documents("train"), data.seen.canvas["text"]["tokens"]
     assert usual == 20
     counts = Counter()
@@ -150,16 +151,16 @@ def test_canvases_of_training_reach_the_one_of_generation(tmp_path):
 
 def test_items_that_are_cut_do_not_count(tmp_path):
     folder = folder_of(tmp_path, ["a" * 5] * 10 + ["a" * 100])
-    cropped = DocumentData(str(folder), TOKENIZERS, max_document_length=60, long_documents="crop")
+    cropped = DocumentDataModule(str(folder), TOKENIZERS, max_seq_length=60, long_documents="crop")
     assert cropped.seen.sizes["text"] == {"tokens": (6, 7)}
-    skipped = DocumentData(str(folder), TOKENIZERS, max_document_length=60, long_documents="skip")
+    skipped = DocumentDataModule(str(folder), TOKENIZERS, max_seq_length=60, long_documents="skip")
     assert skipped.seen.sizes["text"] == {"tokens": (6, 7)}
-    whole = DocumentData(str(folder), TOKENIZERS)
+    whole = DocumentDataModule(str(folder), TOKENIZERS)
     assert whole.seen.sizes["text"] == {"tokens": (6, 125)}
 
 
 def test_blanks_are_as_in_training_and_anything_else_is_remarked_on(tmp_path, recwarn):
-    data = DocumentData(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS, shuffle_segments=False)
+    data = DocumentDataModule(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS, shuffle_segments=False)
     pipe, picture = pipeline_of(data), Image.new("L", (48, 32))
     pipe.save_pretrained(tmp_path / "model")
     pipe = MultiDiffPipeline.from_pretrained(tmp_path / "model")
@@ -168,7 +169,7 @@ def test_blanks_are_as_in_training_and_anything_else_is_remarked_on(tmp_path, re
     text, image = pipe([[Blank("text"), Blank("image")]], generator=generator()).documents[0]
     assert len(text.codes) <= 6
     assert image.item.size == (48, 32)
-    pipe([[extend(pipe, "text", "aaa", room=3), Given("image", picture)]])
+    pipe([[extend(pipe, "text", "aaa", max_new_tokens=3), Given("image", picture)]])
     assert not [warning for warning in recwarn.list if "trained" in str(warning.message)]
     with pytest.warns(UserWarning, match="Put them in the order text, image"):
         pipe([[Given("image", picture), Blank("text")]])
@@ -181,7 +182,7 @@ def test_blanks_are_as_in_training_and_anything_else_is_remarked_on(tmp_path, re
 
 def test_presets_ask_in_the_order_of_training(tmp_path, capsys):
     """A caption comes before its picture here; its text is what is printed all the same."""
-    data = DocumentData(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS, shuffle_segments=False)
+    data = DocumentDataModule(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS, shuffle_segments=False)
     pipeline_of(data).save_pretrained(tmp_path / "model")
     file = str(tmp_path / "data" / "white.png")
     main(["generate", "caption", "--model", str(tmp_path / "model"), file])
@@ -195,7 +196,7 @@ def test_presets_ask_in_the_order_of_training(tmp_path, capsys):
 
 def test_the_command_says_what_is_beyond_training_in_a_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(warnings, "filters", [])  # as outside of tests, where a warning is no error
-    data = DocumentData(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS)
+    data = DocumentDataModule(str(folder_of(tmp_path / "data", ["a" * 5] * 9)), TOKENIZERS)
     pipeline_of(data).save_pretrained(tmp_path / "model")
     main(["generate", "--model", str(tmp_path / "model"), "--fill", "text:tokens=30"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("multidiff: ")]

@@ -22,8 +22,8 @@ notes = st.lists(st.integers(0, 5), max_size=7).map(lambda item: ("note", item))
 documents = st.lists(st.one_of(pictures, speech, notes), min_size=1, max_size=5)
 
 
-def segments(document, slack=1):
-    return [SEQUENCER.given(name, TOKENIZERS[name].encode([item])[0], slack) for name, item in document]
+def segments(document, max_eos_padding=1):
+    return [SEQUENCER.given(name, TOKENIZERS[name].encode([item])[0], max_eos_padding) for name, item in document]
 
 
 def test_layout():
@@ -35,8 +35,8 @@ def test_layout():
 
 
 @given(documents, st.integers(1, 4))
-def test_codes_return_unchanged(document, slack):
-    for (name, item), segment in zip(document, segments(document, slack), strict=True):
+def test_codes_return_unchanged(document, max_eos_padding):
+    for (name, item), segment in zip(document, segments(document, max_eos_padding), strict=True):
         codes = SEQUENCER.codes(segment)
         assert TOKENIZERS[name].decode([codes]) == [item]
         assert codes.size == TOKENIZERS[name].encode([item])[0].size
@@ -85,7 +85,7 @@ def test_positions():
 
 
 def test_ends_cut_at_level_zero():
-    segment = SEQUENCER.given("speech", TOKENIZERS["speech"].encode([[1, 1, 2, 2, 3, 0]])[0], slack=2)
+    segment = SEQUENCER.given("speech", TOKENIZERS["speech"].encode([[1, 1, 2, 2, 3, 0]])[0], max_eos_padding=2)
     segment.ids_N[1] = 3  # a stop on level 1 of the first frame says nothing
     segment.ids_N[4] = 4  # the third frame's level 0 ends
     codes = SEQUENCER.codes(segment)
@@ -94,12 +94,12 @@ def test_ends_cut_at_level_zero():
 
 
 def test_units():
-    given = segments([("speech", [1, 1, 2, 2]), ("note", [0]), ("picture", [0] * 6), ("speech", [])], slack=2)
+    given = segments([("speech", [1, 1, 2, 2]), ("note", [0]), ("picture", [0] * 6), ("speech", [])], max_eos_padding=2)
     assert [SEQUENCER.unit(segment) for segment in given] == [2, 1, 1, 2]
 
 
 def test_divisor_counts_codes_and_one_end():
-    batch = SEQUENCER.batch([segments([("speech", [1, 1, 2, 2]), ("picture", [0] * 6)], slack=3)])
+    batch = SEQUENCER.batch([segments([("speech", [1, 1, 2, 2]), ("picture", [0] * 6)], max_eos_padding=3)])
     assert batch.divisor_S.tolist() == [5, 6]
 
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from multidiff import Blank, Given, MultiDiffPipeline
 from multidiff.cli import main
-from multidiff.data import DocumentData
+from multidiff.data import DocumentDataModule
 from multidiff.data.module import ShuffledBatches
 from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff_bpe import BPETokenizer
@@ -37,9 +37,13 @@ def test_training_saves_logs_and_previews(trained):
     folder, _ = trained
     values = scalars(folder)
     assert list(values["loss"]) == list(range(8))
-    assert {"train/text", "train/shout", "validation/text/given", "validation/text/alone", "validation/joint"} <= set(
-        values
-    )
+    assert {
+        "train/text",
+        "train/shout",
+        "validation/text/conditional",
+        "validation/text/unconditional",
+        "validation/joint",
+    } <= set(values)
     events = EventAccumulator(str(folder / "log"))
     events.Reload()
     assert any("text/0/made" in tag for tag in events.Tags()["tensors"])
@@ -123,7 +127,7 @@ def test_validate_and_test_report_nats_per_token(trained, capsys):
         main([command, "--config", path, "--ckpt_path", str(folder / "checkpoints" / "8.ckpt")])
         printed = capsys.readouterr().out
         stage = "validation" if command == "validate" else "test"
-        for label in ("text/given", "text/alone", "shout/given", "shout/alone", "joint"):
+        for label in ("text/conditional", "text/unconditional", "shout/conditional", "shout/unconditional", "joint"):
             assert f"{stage}/{label}" in printed
 
 
@@ -132,8 +136,8 @@ def test_an_untrained_model_is_near_uniform(tmp_path):
     path = write_config(tmp_path, config(tmp_path))
     main(["test", "--config", path])
     values = {tag: next(iter(steps.values())) for tag, steps in scalars(tmp_path).items() if tag.startswith("test/")}
-    # A canvas has more tokens (its slack) than codes + 1, so nats per token exceed log 257 by that much at most.
-    for label in ("test/text/given", "test/shout/alone", "test/joint"):
+    # A canvas has more tokens (its max_eos_padding) than codes + 1, which adds to the nats per token.
+    for label in ("test/text/conditional", "test/shout/unconditional", "test/joint"):
         assert math.log(257) - 0.3 < values[label] < 2.2 * math.log(257)
 
 
@@ -168,7 +172,7 @@ BAD_LINES = {
 
 
 def data_of(folder, **options):
-    return DocumentData(str(folder), {"text": {"plugin": "bpe"}, "shout": {"plugin": "bpe"}}, **options)
+    return DocumentDataModule(str(folder), {"text": {"plugin": "bpe"}, "shout": {"plugin": "bpe"}}, **options)
 
 
 @pytest.mark.parametrize("message", BAD_LINES)
@@ -222,7 +226,9 @@ def test_workers_hand_over_a_batch_of_sounds_with_few_open_files(tmp_path):
         soundfile.write(tmp_path / f"{number}.wav", np.full(40, 0.1), 8_000)
     rows = [json.dumps({"segments": [{"speech": f"{number}.wav"}]}) for number in range(300)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    data = DocumentData(str(tmp_path), {"speech": {"plugin": "encodec"}}, batch_size=4, row_length=40, num_workers=2)
+    data = DocumentDataModule(
+        str(tmp_path), {"speech": {"plugin": "encodec"}}, batch_size=4, row_length=40, num_workers=2
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 150, hard))
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no open files were left, and no batch came"))
@@ -284,7 +290,7 @@ def test_captions_of_any_length_and_script(tmp_path):
 
 
 def test_documents_hold_what_was_written(tmp_path):
-    data = data_of(write_folder(tmp_path), slack={"text": 2})
+    data = data_of(write_folder(tmp_path), max_eos_padding={"text": 2})
     documents = data.documents("validation")
     for index in range(len(documents)):
         segments = documents[0, index]
@@ -297,16 +303,16 @@ def test_documents_hold_what_was_written(tmp_path):
 
 
 def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="slack nose"):
-        data_of(tmp_path, slack={"nose": 1})
-    with pytest.raises(ValueError, match="slack image: its length never varies"):
-        DocumentData(str(tmp_path), {"image": {"plugin": "vq"}}, slack={"image": 3})
+    with pytest.raises(ValueError, match="max_eos_padding nose"):
+        data_of(tmp_path, max_eos_padding={"nose": 1})
+    with pytest.raises(ValueError, match="max_eos_padding image: its length never varies"):
+        DocumentDataModule(str(tmp_path), {"image": {"plugin": "vq"}}, max_eos_padding={"image": 3})
     with pytest.raises(ValueError, match="batch_size 0"):
         data_of(tmp_path, batch_size=0)
     with pytest.raises(ValueError, match="did you mean 'bpe'"):
-        DocumentData(str(tmp_path), {"text": {"plugin": "bp"}})
+        DocumentDataModule(str(tmp_path), {"text": {"plugin": "bp"}})
     with pytest.raises(ValueError, match="names no plugin"):
-        DocumentData(str(tmp_path), {"text": {}})
+        DocumentDataModule(str(tmp_path), {"text": {}})
 
 
 def test_a_data_module_of_other_tokenizers_is_refused(trained, tmp_path):

@@ -15,10 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from multidiff.models.transformer import (
     KeyValueCache,
     MaskedDiffusionTransformer,
+    apply_rotary_emb,
     fourier_features,
     rotary,
     rotary_frequencies,
-    turn,
     wave_turns,
 )
 from multidiff.objectives.diffusion import queries
@@ -78,7 +78,9 @@ def test_equal_axes_are_llamas_rotary():
     cos, sin = LlamaRotaryEmbedding(config)(query_BHLE, positions_BL)
     theirs, _ = apply_rotary_pos_emb(query_BHLE, query_BHLE, cos, sin)
     positions_BL3 = positions_BL[..., None].expand(-1, -1, 3)
-    ours = turn(query_BHLE.transpose(1, 2), *rotary(positions_BL3, rotary_frequencies(24, 10_000.0), torch.float32))
+    ours = apply_rotary_emb(
+        query_BHLE.transpose(1, 2), *rotary(positions_BL3, rotary_frequencies(24, 10_000.0), torch.float32)
+    )
     assert float((ours.transpose(1, 2) - theirs).abs().max()) == 0.0
 
 

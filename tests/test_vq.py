@@ -547,7 +547,7 @@ QUANTIZERS = {
     "fsq": {"quantizer": "fsq", "levels": [4, 3, 2]},
     "lfq": {"quantizer": "lfq"},
     "muon": {"muon": True},
-    "opposed": {"adversary": 0.5, "gradient": 0.5, "rate": 0.01, "flip": 0.5},
+    "opposed": {"adversary": 0.5, "gradient_weight": 0.5, "rate_weight": 0.01, "flip": 0.5},
 }
 
 
@@ -793,8 +793,8 @@ def test_the_entropy_of_lfq_is_that_of_each_choice_less_that_of_all():
         ({"quantizer": "lfq", "levels": [8, 8]}, "fsq has levels such as"),
         ({"quantizer": "fsq", "levels": [8, 1]}, "must each be at least 2"),
         ({"quantizer": "lfq", "settings": {"num_vq_embeddings": 1000}}, "power of two as its size, not 1000"),
-        ({"perceptual": 1.0}, "one needs the other"),
-        ({"perceptual": 1.0, "backbone": "vgg.pth"}, "vgg.pth: no such file"),
+        ({"perceptual_weight": 1.0}, "one needs the other"),
+        ({"perceptual_weight": 1.0, "backbone": "vgg.pth"}, "vgg.pth: no such file"),
         ({"adversary": -1.0}, "adversary -1.0 must be 0 or more"),
     ],
 )

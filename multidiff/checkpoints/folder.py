@@ -257,7 +257,7 @@ def restore_transformer(
     Raises:
         ValueError: names, shapes or number formats that do not fit; names the file.
     """
-    layers = {name.split(".")[1] for name in weights if str(name).startswith("blocks.")}
+    layers = {name.split(".")[1] for name in weights if str(name).startswith("layers.")}
     if _whole(number := config.get("num_layers", 1)) and number > len(layers):
         raise ValueError(f"{config_where}: num_layers is {number}, but the weights have {len(layers)} layers")
     # Even on the meta device some tables are made, as long as `hidden_size` says.

@@ -30,7 +30,7 @@ from multidiff import files
 MODE = "omegaconf+"
 _MOST_VALUES = 8_000  # that aliases stand for
 _DEEPEST = 100
-_DEFAULT_CLASSES = {"model": "multidiff.training.MaskedDiffusionModule", "data": "multidiff.data.DocumentData"}
+_DEFAULT_CLASSES = {"model": "multidiff.training.MaskedDiffusionModule", "data": "multidiff.data.DocumentDataModule"}
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -211,7 +211,7 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _class(path: Any) -> type:
-    """The class of this path, such as multidiff.data.DocumentData; `ValueError` where there is none."""
+    """The class of this path, such as multidiff.data.DocumentDataModule; `ValueError` where there is none."""
     module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
     try:
         found = getattr(import_module(module), name)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _BATCH = 64
 _EPILOG = """examples:
   multidiff generate --model runs/demo/model --given text="seven" --fill image
-  multidiff generate --model runs/demo/model --given speech=seven.wav --fill image --fill text --num 4
+  multidiff generate --model runs/demo/model --given speech=seven.wav --fill image --fill text --num-samples 4
   multidiff generate --model runs/demo/model --fill text --fill image --fill speech:frames=18
   multidiff generate caption --model runs/demo/model picture.png sound.wav
   multidiff generate image --model runs/demo/model --prompt "seven" --output out/
@@ -77,7 +77,7 @@ def _parser(preset: str | None, prog: str) -> argparse.ArgumentParser:
         parser.add_argument("--fill", action=_Segment, metavar="NAME[:SIZE]", dest="segments", help=help_)
     if preset != "caption":
         parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the files (default: out)")
-    parser.add_argument("--num", type=_positive, default=1, help="samples of each document (default: 1)")
+    parser.add_argument("--num-samples", type=_positive, default=1, help="samples of each document (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
     saved = "(default: as saved with the model)"
     parser.add_argument("--steps", type=_positive, help=f"decoding steps {saved}")
@@ -150,12 +150,12 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
         pipeline.sequencer.blank(name, sampler.config["canvas"] or {})
         pipeline.samplers[name] = sampler
     documents = _documents(preset, options, pipeline)
-    total = len(documents) * options.num
+    total = len(documents) * options.num_samples
     pipeline.set_progress_bar_config(disable=None, leave=False)
     for start in range(0, total, _BATCH):
         batch = range(start, min(start + _BATCH, total))
         output = pipeline(
-            [documents[index // options.num] for index in batch],
+            [documents[index // options.num_samples] for index in batch],
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
             generator=[generator_for(options.seed, index) for index in batch],
@@ -164,9 +164,9 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
             if preset == "caption":
                 (made,) = (part for part in document if not part.given)
                 caption = " ".join(made.item.split())  # one line, whatever it holds
-                print(f"{options.files[index // options.num]}\t{caption}", flush=True)
+                print(f"{options.files[index // options.num_samples]}\t{caption}", flush=True)
             else:
-                _deliver(document, documents[index // options.num], index, options.output, pipeline)
+                _deliver(document, documents[index // options.num_samples], index, options.output, pipeline)
 
 
 def _types() -> mimetypes.MimeTypes:

@@ -1,5 +1,5 @@
 """Data: folders a user can write by hand, tokenized once into shards, served as batches."""
 
-from multidiff.data.module import DocumentData
+from multidiff.data.module import DocumentDataModule
 
-__all__ = ["DocumentData"]
+__all__ = ["DocumentDataModule"]

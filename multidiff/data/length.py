@@ -1,7 +1,7 @@
 """Documents that are longer than a model should take: refused, left out, cut or split, when shards are read.
 
 The length of a document is what it has in tokens: `<bos>`, two structure tokens a segment, and its codes. The stops
-that slack adds come on top.
+that max_eos_padding adds come on top.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def select(
         split: its name, for messages.
         tokenizers: by name; they say which segments vary in length.
         most: tokens; None lets every document through.
-        long_documents: what happens to longer ones, see `multidiff.data.DocumentData`.
+        long_documents: what happens to longer ones, see `multidiff.data.DocumentDataModule`.
         metadata: the file that lists the documents, for messages.
 
     Raises:
@@ -80,8 +80,8 @@ def select(
     shown = f"{', '.join(map(str, lines[:10]))}{f' and {len(lines) - 10} more' if len(lines) > 10 else ''}"
     if long_documents == "skip" and len(lines) == len(rows):
         raise ValueError(
-            f"{metadata}: all {len(rows)} documents of split {split!r} are longer than max_document_length {most:,} "
-            f"(lines {shown}). Raise max_document_length or set long_documents to crop or split."
+            f"{metadata}: all {len(rows)} documents of split {split!r} are longer than max_seq_length {most:,} "
+            f"(lines {shown}). Raise max_seq_length or set long_documents to crop or split."
         )
     documents: list[int] = []
     parts: dict[int, list[Part]] = {}
@@ -94,18 +94,18 @@ def select(
             except ValueError as error:
                 raise ValueError(
                     f"{metadata}, line {rows[number]['line']}: the document has {length:,} tokens, more than "
-                    f"max_document_length {most:,}. {error}"
+                    f"max_seq_length {most:,}. {error}"
                 ) from None
             for piece in fitting:
                 parts[len(documents)] = piece
                 documents.append(number)
     done = {"skip": "left out", "crop": "cropped", "split": "split"}[long_documents]
     rank_zero_info(
-        f"Documents longer than max_document_length {most:,} are {done}: {len(lines)} of {len(rows)} in split {split!r}"
+        f"Documents longer than max_seq_length {most:,} are {done}: {len(lines)} of {len(rows)} in split {split!r}"
         f", {metadata}, lines {shown}."
     )
     if long_documents == "skip":
-        warn_of_share(split, len(lines), len(rows), f"they are longer than max_document_length {most:,}")
+        warn_of_share(split, len(lines), len(rows), f"they are longer than max_seq_length {most:,}")
     return Selection(documents, parts)
 
 
@@ -114,7 +114,7 @@ def _fit(
 ) -> list[list[Part]]:
     """The documents that a row becomes, as parts of its segments. Raises `ValueError` with advice if it cannot."""
     if long_documents == "raise":
-        raise ValueError("Shorten it, raise max_document_length, or set long_documents to crop, split or skip.")
+        raise ValueError("Shorten it, raise max_seq_length, or set long_documents to crop, split or skip.")
     counts = [len(ids) for ids in row["ids"]]
     parts = [Part(0, count, size, True) for count, size in zip(counts, row["sizes"], strict=True)]
     varying = [index for index, name in enumerate(row["names"]) if tokenizers[name].variable_length and counts[index]]
@@ -123,7 +123,7 @@ def _fit(
         return [_crop(parts, varying, room)]
     if len(parts) != 1 or not varying:
         raise ValueError(
-            "Only a document of one segment of varying length can be split. Raise max_document_length or set "
+            "Only a document of one segment of varying length can be split. Raise max_seq_length or set "
             "long_documents to crop or skip."
         )
     return [[piece] for piece in _split(parts[0], room)]
@@ -169,6 +169,6 @@ def _units(part: Part) -> tuple[str, int, int]:
 
 
 _NO_ROOM = (
-    "Its segments of fixed length leave too little room for the others. Raise max_document_length or set "
+    "Its segments of fixed length leave too little room for the others. Raise max_seq_length or set "
     "long_documents to skip."
 )

@@ -1,4 +1,4 @@
-"""`DocumentData`: a data folder as batches of documents for training and evaluation."""
+"""`DocumentDataModule`: a data folder as batches of documents for training and evaluation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BatchedData(LightningDataModule):
                 )
 
 
-class DocumentData(BatchedData):
+class DocumentDataModule(BatchedData):
     """Documents of a data folder, tokenized once, in batches of packed rows.
 
     Args:
@@ -72,24 +72,24 @@ class DocumentData(BatchedData):
             `${model.init_args.tokenizers}`.
         batch_size: documents of a batch, on each device.
         row_length: documents are packed into rows of this many tokens; null gives each a row of its own.
-        slack: largest number of stops, in units (tokens, frames), after a text, a sound or another item of varying
-            length, by tokenizer name; drawn uniformly from 1. What is not named gets canvases up to the size that holds
-            95 % of the training items, which is the size of a blank in generation, and up to a quarter more than its
-            length at least.
+        max_eos_padding: largest number of EOS, in units (tokens, frames), after a text, a sound or another item of
+            varying length, by tokenizer name; drawn uniformly from 1. What is not named gets canvases up to the size
+            that holds 95 % of the training items, which is the size of a blank in generation, and up to a quarter more
+            than its length at least.
         shuffle_segments: order the segments of a training document at random, each time again, so that the model works
             in any order. Set it to false where the order carries meaning, as in a dialogue or a sequence of pictures;
             generation then has to ask in an order that was trained.
         cache: where codes are kept; null means `.tokenized` in the data folder.
         on_error: "raise", or "skip" documents that cannot be read and say how many.
-        max_document_length: most tokens of a document: `<bos>`, two structure tokens a segment, and its codes, without
-            the stops that slack adds. Attention is dense, so memory grows with its square. Null means no limit.
+        max_seq_length: most tokens of a document: `<bos>`, two structure tokens a segment, and its codes, without
+            the EOS that max_eos_padding adds. Attention is quadratic. Null means no limit.
         long_documents: what a longer document does. "raise" stops with its file and line. "skip" leaves it out and says
             how many there are. "crop" cuts its segments of varying length at their ends, the longest most, and forgets
             the rest. "split" makes several documents of one that is a single segment of varying length, and keeps all
             codes. Cuts lie between tokens or frames, and no stops follow them, for the item goes on. What cannot be
             cropped or split raises.
         num_workers: processes that read files and build batches.
-        seed: of order and slack.
+        seed: of order and max_eos_padding.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class DocumentData(BatchedData):
         tokenizers: dict[str, dict[str, Any]],
         batch_size: int = 64,
         row_length: int | None = 256,
-        slack: dict[str, int] | None = None,
+        max_eos_padding: dict[str, int] | None = None,
         shuffle_segments: bool = True,
         cache: str | None = None,
         on_error: tokenized.OnError = "raise",
-        max_document_length: int | None = 8192,
+        max_seq_length: int | None = 8192,
         long_documents: LongDocuments = "raise",
         num_workers: int = 0,
         seed: int = 0,
@@ -110,26 +110,30 @@ class DocumentData(BatchedData):
         super().__init__()
         if batch_size < 1 or (row_length is not None and row_length < 1):
             raise ValueError(f"batch_size {batch_size} and row_length {row_length} must be at least 1")
-        if max_document_length is not None and max_document_length < 1:
-            raise ValueError(f"max_document_length {max_document_length} must be at least 1, or null for no limit")
+        if max_seq_length is not None and max_seq_length < 1:
+            raise ValueError(f"max_seq_length {max_seq_length} must be at least 1, or null for no limit")
         if long_documents not in get_args(LongDocuments):
             raise ValueError(f"long_documents {long_documents!r} is none of {', '.join(get_args(LongDocuments))}")
-        for name, units in (slack or {}).items():
+        for name, units in (max_eos_padding or {}).items():
             if name not in tokenizers:
-                raise ValueError(f"slack {name}: no tokenizer has this name. There are {', '.join(tokenizers)}.")
+                raise ValueError(
+                    f"max_eos_padding {name}: no tokenizer has this name. There are {', '.join(tokenizers)}."
+                )
             if units < 1:
-                raise ValueError(f"slack {name}: {units} must be at least 1")
+                raise ValueError(f"max_eos_padding {name}: {units} must be at least 1")
         self.folder = Path(folder)
         self.batch_size, self.row_length, self.num_workers, self.seed = batch_size, row_length, num_workers, seed
-        self.slack, self.shuffle_segments = slack or {}, shuffle_segments
+        self.max_eos_padding, self.shuffle_segments = max_eos_padding or {}, shuffle_segments
         self.cache = Path(cache) if cache else None
         self.on_error: tokenized.OnError = on_error
-        self.max_document_length = max_document_length
+        self.max_seq_length = max_seq_length
         self.long_documents: LongDocuments = long_documents
         self.tokenizers = plugins.build(tokenizers)
-        for name in self.slack:
+        for name in self.max_eos_padding:
             if not self.tokenizers[name].variable_length:
-                raise ValueError(f"slack {name}: its length never varies, so it has no stops to leave room for")
+                raise ValueError(
+                    f"max_eos_padding {name}: its length never varies, so it has no stops to leave room for"
+                )
         self.vocabulary = SharedVocabulary.of(self.tokenizers)
         self.sequencer = Sequencer(self.tokenizers, self.vocabulary)
         self.shards: Path | None = None
@@ -181,13 +185,13 @@ class DocumentData(BatchedData):
         )
 
     def documents(self, split: str) -> Documents:
-        """The documents of a split, as segments; (epoch, index) addresses one, the epoch drawing its slack."""
+        """The documents of a split, as segments; (epoch, index) addresses one, the epoch drawing its EOS padding."""
         key = (self.shards or self._shards(), split)
         if key not in self._documents:
             rows, selection = self._selected(*key)
             usual = {name: next(iter(size.values())) for name, size in self.seen.canvas.items()}
             shuffled = self.shuffle_segments and split == "train"
-            documents = Documents(rows, selection, self.sequencer, usual, self.slack, self.seed, shuffled)
+            documents = Documents(rows, selection, self.sequencer, usual, self.max_eos_padding, self.seed, shuffled)
             self._documents[key] = documents
         return self._documents[key]
 
@@ -206,7 +210,7 @@ class DocumentData(BatchedData):
                 raise ValueError(f"{self.folder / 'metadata.jsonl'} has no documents that can be read")
             varies = {name: tokenizer.variable_length for name, tokenizer in self.tokenizers.items()}
             orders, sizes = count(rows, selection)
-            self._seen[place] = SeenDocuments.of(orders, sizes, self.shuffle_segments, self.slack, varies)
+            self._seen[place] = SeenDocuments.of(orders, sizes, self.shuffle_segments, self.max_eos_padding, varies)
         return self._seen[place]
 
     def _selected(self, place: Path, split: str) -> tuple[Dataset, Selection]:
@@ -214,7 +218,7 @@ class DocumentData(BatchedData):
         if key not in self._selections:
             rows = tokenized.open_split(place, split)
             metadata = self.folder / "metadata.jsonl"
-            chosen = select(rows, split, self.tokenizers, self.max_document_length, self.long_documents, metadata)
+            chosen = select(rows, split, self.tokenizers, self.max_seq_length, self.long_documents, metadata)
             self._selections[key] = rows, chosen
         return self._selections[key]
 
@@ -236,7 +240,7 @@ class Documents(torch.utils.data.Dataset):
         rows, selection: of a split.
         sequencer: makes the segments.
         usual: name -> units of the usual canvas; only those of items of varying length are used.
-        slack, seed: as in `DocumentData`.
+        max_eos_padding, seed: as in `DocumentDataModule`.
         shuffled: whether the segments of a document are put in random order.
     """
 
@@ -246,12 +250,12 @@ class Documents(torch.utils.data.Dataset):
         selection: Selection,
         sequencer: Sequencer,
         usual: Mapping[str, int],
-        slack: Mapping[str, int],
+        max_eos_padding: Mapping[str, int],
         seed: int,
         shuffled: bool,
     ):
         self.rows, self.selection, self.sequencer = rows, selection, sequencer
-        self.usual, self.slack, self.seed, self.shuffled = usual, slack, seed, shuffled
+        self.usual, self.max_eos_padding, self.seed, self.shuffled = usual, max_eos_padding, seed, shuffled
 
     def __len__(self) -> int:
         return len(self.selection.rows)
@@ -293,12 +297,12 @@ class Documents(torch.utils.data.Dataset):
         segments = []
         for name, of_segment, size, end in zip(names, ids, sizes, ends, strict=True):
             _, codes = self._codes(name, of_segment, size)
-            slack = 0
+            max_eos_padding = 0
             if end and self.sequencer.vocabulary.tokenizers[name].variable_length:
                 length = next(iter(codes.size.values()))
-                most = most_units(length, self.usual.get(name, 0), self.slack.get(name))
-                slack = int(torch.randint(1, most - length + 1, (), generator=generator))
-            segments.append(self.sequencer.given(name, codes, slack))
+                most = most_units(length, self.usual.get(name, 0), self.max_eos_padding.get(name))
+                max_eos_padding = int(torch.randint(1, most - length + 1, (), generator=generator))
+            segments.append(self.sequencer.given(name, codes, max_eos_padding))
         if self.shuffled:
             segments = [segments[place] for place in torch.randperm(len(segments), generator=generator).tolist()]
         return segments

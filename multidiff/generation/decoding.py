@@ -1,11 +1,11 @@
 """The decoding loop: masked tokens in, decided tokens out.
 
-A `Run` is one tokenizer's unknown positions in a compact table, for its sampler; the `Decoder` asks the transformer for
-what all runs need, in one forward pass, and writes back what they decide. Nothing here knows an item.
+A `SamplerRun` is one tokenizer's unknown positions in a compact table, for its sampler; the `Decoder` asks the
+transformer for what all runs need, in one forward pass, and writes back what they decide. Nothing here knows an item.
 
 Tables stay on the CPU, where they are cheap to read; only what the transformer sees and its logits are on its device.
 A step sends tokens and places there, and reads back one small table for each tokenizer, the candidates. It waits for
-nothing else, but where `forbidden`, `forced` or lengths are set for whether they left anything to draw.
+nothing else, but where `suppress_tokens`, `forced_tokens` or lengths are set for whether they left anything to draw.
 
 Shape suffixes: B rows = documents, L row length, P = B·L, S segments or selected rows, R documents that have unknown
 codes of a tokenizer, N such codes of a document, M positions whose logits a step reads, V local ids, A columns computed
@@ -49,7 +49,7 @@ class Decision(NamedTuple):
 
 
 @dataclass
-class Run:
+class SamplerRun:
     """One tokenizer's unknown positions: a row for each document that has any.
 
     Attributes:
@@ -81,11 +81,11 @@ class Run:
 
     def done(self, step: int) -> bool:
         """Whether this step would have nothing to do; only adaptive counts end before their last step."""
-        adaptive = self.sampler.config["count"] in ADAPTIVE
+        adaptive = self.sampler.config["unmasking"] in ADAPTIVE
         return step >= self.state.steps or (adaptive and not bool(self.state.undecided_RN.any()))
 
 
-def gather(
+def make_runs(
     batch: TokenBatch,
     inside_S: Tensor,
     unit_S: Tensor,
@@ -93,7 +93,7 @@ def gather(
     samplers: Mapping[str, MaskSampler],
     steps: int | None = None,
     scale: float | Mapping[str, float] | None = None,
-) -> list[Run]:
+) -> list[SamplerRun]:
     """The runs of a batch.
 
     Args:
@@ -133,34 +133,34 @@ def gather(
         levels_RN = (span_P[place_RN] - vocabulary.first_span[name]).where(sample_RN >= 0, 0)
         coords_RN3 = batch.coords_BL3.flatten(0, 1)[place_RN]
         inside_RN = inside_P[place_RN] & (sample_RN >= 0) & varies
-        stop_RN = vocabulary.stop_codes(name, levels_RN).masked_fill(inside_RN, -1) if varies else None
+        eos_RN = vocabulary.eos_ids(name, levels_RN).masked_fill(inside_RN, -1) if varies else None
         frame_RN = None
         if varies and bool((unit_S[batch.tokenizer_S == place] > 1).any()):
             unit_U = place_P[flat_U] // unit_S[segment_P[flat_U]]
             frame_U = torch.unique(segment_P[flat_U] * len(segment_P) + unit_U, return_inverse=True)[1]
             frame_RN = torch.full_like(place_RN, -1)
             frame_RN[index] = frame_U[order_U]
-        own = None if sampler.config["count"] in ADAPTIVE else steps
+        own = None if sampler.config["unmasking"] in ADAPTIVE else steps
         extent_RN3 = extent_S3[segment_P[place_RN]]
-        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, stop_RN, extent_RN3, frame_RN)
+        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, eos_RN, extent_RN3, frame_RN)
         strength = sampler.config["guidance_scale"] if scale is None else scale
         scales = strength if isinstance(strength, Mapping) else {"": strength}
-        runs.append(Run(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))
+        runs.append(SamplerRun(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))
     _check_together(runs, steps)
     return runs
 
 
-def _check_together(runs: Sequence[Run], steps: int | None) -> None:
+def _check_together(runs: Sequence[SamplerRun], steps: int | None) -> None:
     caches = {run.name: run.sampler.config["cache"] for run in runs}
     if len(set(caches.values())) > 1:
         said = ", ".join(f"{name}: {cache}" for name, cache in caches.items())
         raise ValueError(f"cache must be the same for all tokenizers that are filled in together ({said})")
     if steps is not None:
-        counts = {run.name: run.sampler.config["count"] for run in runs}
+        counts = {run.name: run.sampler.config["unmasking"] for run in runs}
         scheduled = [run for run in runs if counts[run.name] not in ADAPTIVE]
         if not scheduled:
             said = ", ".join(f"{name}: {count}" for name, count in counts.items())
-            raise ValueError(f"num_inference_steps {steps}, but count finds the number itself ({said})")
+            raise ValueError(f"num_inference_steps {steps}, but unmasking finds the number itself ({said})")
         most = max(run.sample_RN.shape[1] for run in scheduled)
         if steps > most and all(counts[run.name] != "ancestral" for run in scheduled):
             raise ValueError(f"num_inference_steps {steps} is more than the {most} codes to fill in")
@@ -204,7 +204,7 @@ class Decoder:
         transformer: MaskedDiffusionTransformer,
         vocabulary: SharedVocabulary,
         batch: TokenBatch,
-        runs: Sequence[Run],
+        runs: Sequence[SamplerRun],
         nulls: Mapping[str, Tensor],
         generators: Sequence[torch.Generator],
         trace: bool = False,
@@ -235,13 +235,13 @@ class Decoder:
         return all(run.done(step) for run in self.runs)
 
     @property
-    def p_P(self) -> Tensor:
+    def probs_P(self) -> Tensor:
         """float64: the probability of each token when it was decided; NaN where it was known."""
-        p_P = torch.full(self.ids_P.shape, torch.nan, dtype=torch.float64)
+        probs_P = torch.full(self.ids_P.shape, torch.nan, dtype=torch.float64)
         for run in self.runs:
             there_RN = run.sample_RN >= 0
-            p_P[run.place_RN[there_RN]] = run.state.p_RN[there_RN]
-        return p_P
+            probs_P[run.place_RN[there_RN]] = run.state.probs_RN[there_RN]
+        return probs_P
 
     @property
     def divergence(self) -> float | None:
@@ -286,7 +286,7 @@ class Decoder:
             if self.history is not None:
                 self._record(step, run, before_RN, self.history)
 
-    def _scales(self, run: Run, step: int) -> dict[str, Tensor]:
+    def _scales(self, run: SamplerRun, step: int) -> dict[str, Tensor]:
         """scale_R of each condition; 1 where the document gives none."""
         scales, schedule = {}, run.sampler.config["guidance_schedule"]
         for key, scale in run.scales.items():
@@ -296,7 +296,7 @@ class Decoder:
         return scales
 
     def _asked(
-        self, active: Sequence[tuple[Run, Tensor]], scales: Mapping[str, Mapping[str, Tensor]]
+        self, active: Sequence[tuple[SamplerRun, Tensor]], scales: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[int, set[str]]:
         """The documents that need logits, and the conditions whose nulls they need."""
         asked: dict[int, set[str]] = {}
@@ -307,7 +307,9 @@ class Decoder:
                 asked[run.documents[row]] = asked.get(run.documents[row], set()) | keys
         return asked
 
-    def _decide(self, run: Run, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, Tensor]) -> None:
+    def _decide(
+        self, run: SamplerRun, where_RN: Tensor, step: int, logits: _Logits, scales: Mapping[str, Tensor]
+    ) -> None:
         conditional_MV, *unconditional = logits.values[run.name]
         row_M = torch.nonzero(where_RN)[:, 0]
         sent = {key: self._sent(scales[key][row_M, None]) for key in logits.keys if key in scales}
@@ -316,7 +318,7 @@ class Decoder:
         logits_MV = guide(conditional_MV, [(null_of[key], scale_M1) for key, scale_M1 in guided.items()])
         inside = torch.nonzero(run.inside_RN[where_RN]).flatten()
         if len(inside):
-            stops = self.vocabulary.stop_codes(run.name, run.state.levels_RN[where_RN][inside])
+            stops = self.vocabulary.eos_ids(run.name, run.state.levels_RN[where_RN][inside])
             logits_MV = logits_MV.index_put((self._sent(inside), self._sent(stops)), logits_MV.new_full((), -torch.inf))
         output = run.sampler.step(
             logits_MV,
@@ -337,7 +339,7 @@ class Decoder:
         """A table on the transformer's device, without waiting for what is still computed there."""
         return table.to(self._device, non_blocking=True)
 
-    def _forward(self, keys: tuple[str, ...], active: Sequence[tuple[Run, Tensor]]) -> dict[str, list[Tensor]]:
+    def _forward(self, keys: tuple[str, ...], active: Sequence[tuple[SamplerRun, Tensor]]) -> dict[str, list[Tensor]]:
         """Local log-probabilities by tokenizer: logits_MV of the condition, then of each null."""
         documents = torch.zeros(self.batch.num_documents, dtype=torch.bool)
         for run, where_RN in active:
@@ -379,7 +381,7 @@ class Decoder:
     def _logits(
         self,
         keys: tuple[str, ...],
-        active: Sequence[tuple[Run, Tensor]],
+        active: Sequence[tuple[SamplerRun, Tensor]],
         passes: Sequence[tuple[Tensor, Tensor | None]],
         keep: bool = True,
     ) -> dict[str, list[Tensor]]:
@@ -442,10 +444,10 @@ class Decoder:
                     whole_MV[entry_N, : stop - start] = torch.log_softmax(part_NV.to(exact), -1)
         return gathered
 
-    def _record(self, step: int, run: Run, before_RN: Tensor, history: list[list[Decision]]) -> None:
+    def _record(self, step: int, run: SamplerRun, before_RN: Tensor, history: list[list[Decision]]) -> None:
         """Add what a step has changed, in the order of places."""
         changed_RN = run.sample_RN != before_RN
-        place_C, token_C, p_C = run.place_RN[changed_RN], run.sample_RN[changed_RN], run.state.p_RN[changed_RN]
+        place_C, token_C, p_C = run.place_RN[changed_RN], run.sample_RN[changed_RN], run.state.probs_RN[changed_RN]
         row_C = torch.nonzero(changed_RN)[:, 0]
         token_C = token_C.masked_fill(token_C == run.state.mask_token_id, -1)
         columns = (row_C, self._number_P[place_C], self._place_P[place_C], token_C, p_C)

@@ -1,9 +1,9 @@
-"""Editing: parts of an item masked and made anew, the rest kept bit for bit.
+"""Editing: parts of an item masked and generated again, the rest kept bit for bit.
 
     cut = inpaint(pipe, "image", picture, mask)
     out = pipe([[Given("text", "seven"), cut]])
 
-A `Partial` is a segment that stands in a document like any other. Codes are what is kept, bit for bit: a picture comes
+A `Masked` is a segment that stands in a document like any other. Codes are what is kept, bit for bit: a picture comes
 back as its tokenizer decodes them. All modalities at once is no edit, but a document of blanks.
 
 Shape suffixes: N codes of a segment or document, M of a part of it.
@@ -11,7 +11,7 @@ Shape suffixes: N codes of a segment or document, M of a part of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,44 +19,47 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from multidiff.generation.pipeline import Filled, Given, MultiDiffPipeline, Partial
+from multidiff.generation.pipeline import Filled, Given, Masked, MultiDiffPipeline
 from multidiff.tokenizer import Codes
 
 
-def infill(pipe: MultiDiffPipeline, tokenizer: str, before: Any, after: Any, room: int) -> Partial:
-    """`room` units (tokens of a text, frames of a sound) between two items that are kept.
+def infill(pipe: MultiDiffPipeline, tokenizer: str, before: Any, after: Any, **size: int) -> Masked:
+    """A masked passage between two items that are kept: `infill(pipe, "text", "the", "is a seven", tokens=2)`.
+
+    Args:
+        size: how long the passage is, in the tokenizer's unit: tokens of a text, frames of a sound.
 
     Raises:
-        ValueError: a tokenizer whose items have a fixed length, or no room.
+        ValueError: a tokenizer whose items have a fixed length, another unit, or a passage without any.
     """
-    _must_vary(pipe, tokenizer, "infill")
-    if room < 1:
-        raise ValueError(f"infill needs room for at least 1 unit of {tokenizer}, got {room}")
+    number = _units(pipe, tokenizer, "infill", size)
     first, last = pipe.tokenizers[tokenizer].encode([before, after])
     (unit, start), (_, end) = *first.size.items(), *last.size.items()
-    canvas = pipe.tokenizers[tokenizer].canvas(**{unit: start + room + end})
-    number = len(canvas) - len(first) - len(last)
-    ids_N = torch.cat([first.ids_N, canvas.ids_N[:number], last.ids_N])
+    canvas = pipe.tokenizers[tokenizer].canvas(**{unit: start + number + end})
+    masked = len(canvas) - len(first) - len(last)
+    ids_N = torch.cat([first.ids_N, canvas.ids_N[:masked], last.ids_N])
     known_N = torch.ones(len(canvas), dtype=torch.bool)
-    known_N[len(first) : len(first) + number] = False
-    return Partial(tokenizer, replace(canvas, ids_N=ids_N), known_N)
+    known_N[len(first) : len(first) + masked] = False
+    return Masked(tokenizer, replace(canvas, ids_N=ids_N), known_N)
 
 
-def extend(pipe: MultiDiffPipeline, tokenizer: str, item: Any, room: int) -> Partial:
-    """An item and at most `room` units more; the model decides where it ends.
+def extend(pipe: MultiDiffPipeline, tokenizer: str, item: Any, **max_new: int) -> Masked:
+    """An item and what follows it: `extend(pipe, "text", "the digit", max_new_tokens=8)`. The model decides where it
+    ends.
+
+    Args:
+        max_new: `max_new_tokens` of a text, `max_new_frames` of a sound: the unit is the tokenizer's.
 
     Raises:
-        ValueError: a tokenizer whose items have a fixed length, or no room.
+        ValueError: a tokenizer whose items have a fixed length, another unit, or nothing new.
     """
-    _must_vary(pipe, tokenizer, "extend")
-    if room < 1:
-        raise ValueError(f"extend needs room for at least 1 unit of {tokenizer}, got {room}")
+    number = _units(pipe, tokenizer, "extend", max_new, "max_new_")
     (codes,) = pipe.tokenizers[tokenizer].encode([item])
-    return Partial(tokenizer, codes, torch.ones(len(codes), dtype=torch.bool), room)
+    return Masked(tokenizer, codes, torch.ones(len(codes), dtype=torch.bool), number)
 
 
-def gap(pipe: MultiDiffPipeline, tokenizer: str, item: Any, start: float, stop: float) -> Partial:
-    """An item of varying length whose codes from `start` to `stop` are made anew, both shares of its length.
+def gap(pipe: MultiDiffPipeline, tokenizer: str, item: Any, start: float, end: float) -> Masked:
+    """An item of varying length whose codes from `start` to `end` are generated again, both shares of its length.
 
     Raises:
         ValueError: a tokenizer whose items have a fixed length, or no code between the two.
@@ -65,14 +68,14 @@ def gap(pipe: MultiDiffPipeline, tokenizer: str, item: Any, start: float, stop: 
     (codes,) = pipe.tokenizers[tokenizer].encode([item])
     ((unit, length),) = codes.size.items()
     unit_N = torch.arange(len(codes)) // max(1, len(codes) // max(1, length))
-    unknown_N = (unit_N + 1 > start * length) & (unit_N < stop * length)
-    if not 0 <= start < stop <= 1 or not bool(unknown_N.any()):
-        raise ValueError(f"gap needs 0 <= start < stop <= 1 with one of {length} {unit} between, got {start}, {stop}")
-    return Partial(tokenizer, codes, ~unknown_N)
+    unknown_N = (unit_N + 1 > start * length) & (unit_N < end * length)
+    if not 0 <= start < end <= 1 or not bool(unknown_N.any()):
+        raise ValueError(f"gap needs 0 <= start < end <= 1 with one of {length} {unit} between, got {start}, {end}")
+    return Masked(tokenizer, codes, ~unknown_N)
 
 
-def inpaint(pipe: MultiDiffPipeline, tokenizer: str, picture: Any, mask: Image.Image) -> Partial:
-    """A picture whose codes under the bright pixels of `mask` are made anew: any code whose cell holds one.
+def inpaint(pipe: MultiDiffPipeline, tokenizer: str, picture: Any, mask: Image.Image) -> Masked:
+    """A picture whose codes under the bright pixels of `mask` are generated again: any code whose cell holds one.
 
     Raises:
         ValueError: a tokenizer whose codes are no grid of pixels, a mask of another size than the picture, nothing
@@ -88,12 +91,12 @@ def inpaint(pipe: MultiDiffPipeline, tokenizer: str, picture: Any, mask: Image.I
     unknown_N = unknown[codes.coords_N3[:, 1], codes.coords_N3[:, 2]]
     if not bool(unknown_N.any()):
         raise ValueError("inpaint: the mask has no bright pixel; white is what to make anew")
-    return Partial(tokenizer, codes, ~unknown_N)
+    return Masked(tokenizer, codes, ~unknown_N)
 
 
 def outpaint(
     pipe: MultiDiffPipeline, tokenizer: str, picture: Any, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
-) -> Partial:
+) -> Masked:
     """A larger picture around `picture`, by so many pixels on each side.
 
     Raises:
@@ -119,11 +122,11 @@ def outpaint(
     grid = torch.zeros(rows, columns, dtype=torch.int64)
     grid[codes.coords_N3[:, 1], codes.coords_N3[:, 2]] = codes.ids_N
     ids_N = torch.where(known_N, grid[row_N.clamp(0, rows - 1), column_N.clamp(0, columns - 1)], canvas.ids_N)
-    return Partial(tokenizer, replace(canvas, ids_N=ids_N), known_N)
+    return Masked(tokenizer, replace(canvas, ids_N=ids_N), known_N)
 
 
-def refine(document: Sequence[Filled], share: float = 0.2) -> list[Given | Partial]:
-    """A document whose least confident codes are to be made anew, by their probability when they were decided.
+def refine(document: Sequence[Filled], share: float = 0.2) -> list[Given | Masked]:
+    """A document whose least confident codes are to be generated again, by their probability when they were decided.
 
     Args:
         document: as the pipeline returned it; what was given to it stays.
@@ -134,17 +137,32 @@ def refine(document: Sequence[Filled], share: float = 0.2) -> list[Given | Parti
     """
     if not 0 < share <= 1:
         raise ValueError(f"refine needs a share in (0, 1], got {share}")
-    p_N = torch.cat([part.p_N for part in document]).nan_to_num(torch.inf)
-    number = int(p_N.isfinite().sum())
+    probs_N = torch.cat([part.probs_N for part in document]).nan_to_num(torch.inf)
+    number = int(probs_N.isfinite().sum())
     if not number:
         raise ValueError("refine: nothing of this document was made; give it one that the pipeline returned")
-    known_N = torch.ones(len(p_N), dtype=torch.bool)
-    known_N[p_N.argsort(stable=True)[: max(1, round(share * number))]] = False
-    known = known_N.split([len(part.p_N) for part in document])
+    known_N = torch.ones(len(probs_N), dtype=torch.bool)
+    known_N[probs_N.argsort(stable=True)[: max(1, round(share * number))]] = False
+    known = known_N.split([len(part.probs_N) for part in document])
     return [
-        Given(part.tokenizer, part.item) if part.given else Partial(part.tokenizer, part.codes, known_M)
+        Given(part.tokenizer, part.item) if part.given else Masked(part.tokenizer, part.codes, known_M)
         for part, known_M in zip(document, known, strict=True)
     ]
+
+
+def _units(pipe: MultiDiffPipeline, tokenizer: str, what: str, size: Mapping[str, int], prefix: str = "") -> int:
+    """The one value of `size`, whose key must be the unit of the tokenizer's length."""
+    _must_vary(pipe, tokenizer, what)
+    unit = next(iter(pipe.tokenizers[tokenizer].canvas().size))
+    if size.keys() != {prefix + unit}:
+        said = ", ".join(size) or "nothing"
+        raise ValueError(
+            f"{what}: the length of {tokenizer!r} is counted in {unit}, so give {prefix}{unit}, not {said}"
+        )
+    (number,) = size.values()
+    if number < 1:
+        raise ValueError(f"{what} needs at least 1 of {prefix}{unit}, got {number}")
+    return number
 
 
 def _must_vary(pipe: MultiDiffPipeline, tokenizer: str, what: str) -> None:

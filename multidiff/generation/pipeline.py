@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from multidiff.checkpoints import folder as saving
 from multidiff.checkpoints import hub
 from multidiff.checkpoints.lightning import load_checkpoint, unpack
-from multidiff.generation.decoding import Decision, Decoder, gather
+from multidiff.generation.decoding import Decision, Decoder, make_runs
 from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff.samplers import MaskSampler
 from multidiff.samplers.scheduler import Samplers, Scheduler
@@ -74,7 +74,7 @@ class Blank:
         return f"Blank({', '.join([repr(self.tokenizer), *(f'{key}={value}' for key, value in self.size.items())])})"
 
 
-class Partial:
+class Masked:
     """A segment to fill in where `known_N` is False; known codes come back as they are.
 
     `multidiff.generation.editing` makes them: masked spans, regions of pictures, gaps in sounds, continuations.
@@ -82,19 +82,21 @@ class Partial:
     Args:
         codes: as `tokenizer.encode` returns them; arbitrary valid ids where unknown.
         known_N: bool, one for each code.
-        room: where length varies, units (tokens, frames) after the codes to fill in as well; the content ends where
-            the model decides within them. With 0 it ends where the codes do.
+        max_new_units: where length varies, units (tokens, frames) after the codes to fill in as well; the content ends
+            where the model decides within them. With 0 it ends where the codes do.
     """
 
-    def __init__(self, tokenizer: str, codes: Codes, known_N: Tensor, room: int = 0):
+    def __init__(self, tokenizer: str, codes: Codes, known_N: Tensor, max_new_units: int = 0):
         self.tokenizer = tokenizer
         self.codes = codes
         self.known_N = known_N
-        self.room = room
+        self.max_new_units = max_new_units
 
     def __repr__(self) -> str:
         known = int(self.known_N.sum())
-        return f"Partial({self.tokenizer!r}, {known} of {len(self.codes)} codes known, room={self.room})"
+        return (
+            f"Masked({self.tokenizer!r}, {known} of {len(self.codes)} codes known, max_new_units={self.max_new_units})"
+        )
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,14 @@ class Filled:
         tokenizer: its name.
         item: what its codes decode to; for a `Given`, what was given.
         codes: its codes.
-        p_N: float64, the probability of each code when it was decided; NaN where it was known.
+        probs_N: float64, the probability of each code when it was decided; NaN where it was known.
         given: whether it was a `Given`.
     """
 
     tokenizer: str
     item: Any
     codes: Codes
-    p_N: Tensor
+    probs_N: Tensor
     given: bool
 
 
@@ -213,7 +215,7 @@ class MultiDiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        documents: Sequence[Sequence[Given | Blank | Partial]],
+        documents: Sequence[Sequence[Given | Blank | Masked]],
         num_inference_steps: int | None = None,
         guidance_scale: float | Mapping[str, float] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -224,7 +226,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         """Fill in the blanks of a batch of documents, without dropout.
 
         Args:
-            documents: lists of `Given`, `Blank` and `Partial` segments, at least one of them with something unknown.
+            documents: lists of `Given`, `Blank` and `Masked` segments, at least one of them with something unknown.
             num_inference_steps: steps for every tokenizer whose count does not find its own; None takes each sampler's.
             guidance_scale: classifier-free guidance for every tokenizer, 1 is none; None takes each sampler's own.
                 The null is the document with its given segments masked; with {tokenizer: scale}, one null for each,
@@ -254,10 +256,10 @@ class MultiDiffPipeline(DiffusionPipeline):
         segments = self._segments(documents)
         self._remark(segments)
         batch = self.sequencer.batch(segments)
-        inside = [len(part.codes) if isinstance(part, Partial) else 0 for document in documents for part in document]
+        inside = [len(part.codes) if isinstance(part, Masked) else 0 for document in documents for part in document]
         units = [self.sequencer.unit(segment) for document in segments for segment in document]
         counts = torch.tensor(inside), torch.tensor(units)
-        runs = gather(batch, *counts, self.vocabulary, self.samplers, num_inference_steps, guidance_scale)
+        runs = make_runs(batch, *counts, self.vocabulary, self.samplers, num_inference_steps, guidance_scale)
         conditions = {key for run in runs for key, scale in run.scales.items() if scale != 1}
         nulls = {key: self._null(key, batch, segments, guidance_scale is not None) for key in sorted(conditions)}
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)
@@ -274,10 +276,10 @@ class MultiDiffPipeline(DiffusionPipeline):
                 if decoder.done(step + 1):
                     break
         current = self._current(batch, segments, decoder.ids_P)
-        filled = self._decode(documents, current, _by_segment(decoder.p_P, batch))
+        filled = self._decode(documents, current, _by_segment(decoder.probs_P, batch))
         return MultiDiffOutput(filled, decoder.nfe, decoder.history, decoder.divergence)
 
-    def _segments(self, documents: Sequence[Sequence[Given | Blank | Partial]]) -> list[list[Segment]]:
+    def _segments(self, documents: Sequence[Sequence[Given | Blank | Masked]]) -> list[list[Segment]]:
         given = [part for document in documents for part in document if isinstance(part, Given)]
         codes: dict[int, Codes] = {}
         for name in {part.tokenizer: None for part in given}:
@@ -293,25 +295,27 @@ class MultiDiffPipeline(DiffusionPipeline):
                     row.append(self.sequencer.given(part.tokenizer, codes[id(part)]))
                 elif isinstance(part, Blank):
                     row.append(self.sequencer.blank(part.tokenizer, self._blank_size(part)))
-                elif isinstance(part, Partial):
+                elif isinstance(part, Masked):
                     row.append(self._partial(part))
                 else:
-                    raise ValueError(f"document {number}: {part!r} is no Given, Blank or Partial segment")
+                    raise ValueError(f"document {number}: {part!r} is no Given, Blank or Masked segment")
             if all(bool(segment.known_N.all()) for segment in row):
-                raise ValueError(f"document {number} has nothing to fill in: give it a Blank or a Partial segment")
+                raise ValueError(f"document {number} has nothing to fill in: give it a Blank or a Masked segment")
             segments.append(row)
         return segments
 
-    def _partial(self, part: Partial) -> Segment:
+    def _partial(self, part: Masked) -> Segment:
         if part.known_N.shape != part.codes.ids_N.shape or part.known_N.dtype != torch.bool:
             raise ValueError(
-                f"Partial({part.tokenizer!r}): known_N must be bool, one for each of {len(part.codes)} codes"
+                f"Masked({part.tokenizer!r}): known_N must be bool, one for each of {len(part.codes)} codes"
             )
         varies = self.vocabulary.layout(part.tokenizer).variable_length
-        if part.room < 0 or (part.room and not varies):
-            raise ValueError(f"Partial({part.tokenizer!r}): room {part.room} must be 0, or more where length varies")
-        segment = self.sequencer.given(part.tokenizer, part.codes, max(1, part.room))
-        known_N = torch.full_like(segment.known_N, not part.room)
+        if part.max_new_units < 0 or (part.max_new_units and not varies):
+            raise ValueError(
+                f"Masked({part.tokenizer!r}): max_new_units {part.max_new_units} must be 0, or more where length varies"
+            )
+        segment = self.sequencer.given(part.tokenizer, part.codes, max(1, part.max_new_units))
+        known_N = torch.full_like(segment.known_N, not part.max_new_units)
         known_N[: len(part.codes)] = part.known_N
         return replace(segment, known_N=known_N)
 
@@ -370,7 +374,7 @@ class MultiDiffPipeline(DiffusionPipeline):
 
     def _decode(
         self,
-        documents: Sequence[Sequence[Given | Blank | Partial]],
+        documents: Sequence[Sequence[Given | Blank | Masked]],
         filled: Sequence[Sequence[Segment]],
         p: Sequence[Tensor],
     ) -> list[list[Filled]]:
@@ -493,7 +497,7 @@ class MultiDiffPipeline(DiffusionPipeline):
 
 def _check_nesting(documents: Any) -> None:
     """Raise a `ValueError` unless `documents` is a sequence of sequences, with an example where a list is missing."""
-    part = Given | Blank | Partial
+    part = Given | Blank | Masked
     if isinstance(documents, part) or (isinstance(documents, Sequence) and any(isinstance(p, part) for p in documents)):
         raise ValueError(
             "the pipeline takes a list of documents, each a list of segments: for one document write "

@@ -52,7 +52,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("TransformerLayer",)
 
     @register_to_config
     def __init__(
@@ -81,8 +81,8 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         intermediate_size = intermediate_size or -(-hidden_size * 8 // (3 * 64)) * 64
         self.head_size = hidden_size // num_heads
         self.embed = nn.Embedding(vocabulary_rows, hidden_size)
-        self.blocks = nn.ModuleList(
-            Block(
+        self.layers = nn.ModuleList(
+            TransformerLayer(
                 Attention(hidden_size, num_heads, kv_heads, self.head_size, qk_norm, attention_bias, norm_epsilon),
                 SwiGLU(hidden_size, intermediate_size),
                 nn.RMSNorm(hidden_size, norm_epsilon),
@@ -102,7 +102,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
     def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights: N(0, 0.02²), and 0.02 / √(2 · layers) where a block writes to the residual stream
         (Radford et al. 2019, GPT-2, section 2.3)."""
-        residual = INITIAL_STD / math.sqrt(2 * len(self.blocks))
+        residual = INITIAL_STD / math.sqrt(2 * len(self.layers))
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -149,7 +149,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         hidden_BLD = self.embed(ids_BL)
         if self.config["coordinate_features"] and coords_BL3 is not None:
             hidden_BLD = hidden_BLD + INITIAL_STD * fourier_features(coords_BL3, hidden_BLD, self._turns_F3)
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.layers):
             layer = None if cache is None else (cache, number, active_BA)
             arguments = (hidden_BLD, cos_BL1E, sin_BL1E, mask_B1LL, layer)
             if self.gradient_checkpointing and self.training:
@@ -172,7 +172,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         return logits
 
 
-class Block(nn.Module):
+class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
 
     def __init__(
@@ -235,8 +235,8 @@ class Attention(nn.Module):
         query_BLHE = self.query_norm(self.query(hidden_BLD).unflatten(-1, heads).to(exact))
         key_BLKE = self.key_norm(self.key(hidden_BLD).unflatten(-1, heads).to(exact))
         value_BLKE = self.value(hidden_BLD).unflatten(-1, heads).to(exact)
-        query_BLHE = turn(query_BLHE, cos_BL1E, sin_BL1E)
-        key_BLKE = turn(key_BLKE, cos_BL1E, sin_BL1E)
+        query_BLHE = apply_rotary_emb(query_BLHE, cos_BL1E, sin_BL1E)
+        key_BLKE = apply_rotary_emb(key_BLKE, cos_BL1E, sin_BL1E)
         if layer is not None:
             cache, number, active_BA = layer
             key_BLKE, value_BLKE = cache.all_of(number, key_BLKE, value_BLKE, active_BA)
@@ -361,7 +361,7 @@ def _columns(x_BLX: Tensor, active_BA: Tensor) -> Tensor:
     return x_BLX.gather(1, active_BA[:, :, None].expand(-1, -1, x_BLX.shape[2]))
 
 
-def turn(x_BLHE: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor) -> Tensor:
+def apply_rotary_emb(x_BLHE: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor) -> Tensor:
     """Rotate each pair (j, j + E/2) by its angle (Llama's "rotate-half" layout)."""
     first, second = x_BLHE.chunk(2, dim=-1)
     return x_BLHE * cos_BL1E + torch.cat([-second, first], dim=-1) * sin_BL1E

@@ -1,6 +1,6 @@
-"""The forward process and the bound: absorbing-state masked diffusion with a noise level per segment.
+"""The forward process and the bound: absorbing-state masked diffusion with a time per segment.
 
-A target segment at noise level t has each of its tokens replaced by `<mask>` with probability 1 - α(t). The
+A target segment at time t has each of its tokens replaced by `<mask>` with probability 1 - α(t). The
 continuous-time bound on its negative log-likelihood is (Sahoo et al. 2024, arXiv 2406.07524, eq. 10)
 
     E_t  w(t)  Σ_{i masked} -log p(x_i | x_t),        w(t) = -α'(t) / (1 - α(t))  (1/t for the log-linear schedule).
@@ -10,7 +10,7 @@ Exactly as tight and less noisy: mask an exact number k of the L tokens, k unifo
 evaluation the second. With a t per segment the sum trains every conditional but bounds nothing joint; with one t
 shared by a document's targets it bounds their joint likelihood.
 
-Shape suffixes: B rows, L row length, S segments of the batch, G groups that share a noise level, N positions asked for.
+Shape suffixes: B rows, L row length, S segments of the batch, G groups that share a time, N positions asked for.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ class Task:
         roles: tokenizer name -> "target", "given" or "absent"; "others" stands for every tokenizer not named. A task
             applies to documents that hold every tokenizer it names.
         weight: how often it is drawn, relative to the other tasks that apply.
-        drop: probability that a given segment is made absent, each on its own; classifier-free guidance needs some.
+        condition_dropout: probability that a given segment is made absent, each on its own;
+            classifier-free guidance needs some.
         noise: "independent", a t for each target segment, or "shared", one t for all targets of a document.
     """
 
     roles: dict[str, Literal["target", "given", "absent"]]
     weight: float = 1.0
-    drop: float = 0.0
+    condition_dropout: float = 0.0
     noise: Literal["independent", "shared"] = "independent"
 
     @classmethod
@@ -78,18 +79,20 @@ class Task:
             raise ValueError(f"task role {bad[0]!r} is none of {', '.join(ROLES)}")
         if "target" not in self.roles.values():
             raise ValueError(f"task {self.roles} has no target, so it would train nothing")
-        numbers = all(isinstance(value, int | float) for value in (self.weight, self.drop))
+        numbers = all(isinstance(value, int | float) for value in (self.weight, self.condition_dropout))
         if (
             not numbers
             or not 0 <= self.weight < math.inf
-            or not 0 <= self.drop <= 1
+            or not 0 <= self.condition_dropout <= 1
             or self.noise not in ("independent", "shared")
         ):
-            raise ValueError(f"task {self.roles}: weight ≥ 0, 0 ≤ drop ≤ 1 and noise independent or shared are needed")
+            raise ValueError(
+                f"task {self.roles}: weight ≥ 0, condition_dropout in [0, 1], and noise independent or shared"
+            )
 
 
 @dataclass(frozen=True)
-class Noise:
+class CorruptedTokens:
     """What `corrupt` did to a batch.
 
     Attributes:
@@ -112,7 +115,7 @@ def draw_roles(
 
     Returns:
         role_S: int64, `TARGET`, `GIVEN` or `ABSENT` for each segment.
-        group_S: int64, segments with the same number share a noise level.
+        group_S: int64, segments with the same number share a time.
 
     Raises:
         ValueError: no task applies to a document.
@@ -130,7 +133,7 @@ def draw_roles(
         task = _choose(tasks, present, draw_D[document])
         for segment, name in zip(segments, present, strict=True):
             role = ROLES[task.roles.get(name, task.roles.get("others", "given"))]
-            if role == GIVEN and drop_S[segment] < task.drop:
+            if role == GIVEN and drop_S[segment] < task.condition_dropout:
                 role = ABSENT
             role_S[segment] = role
             if task.noise == "shared":
@@ -157,8 +160,8 @@ def _choose(tasks: Sequence[Task], present: Sequence[str], draw: float) -> Task:
     return fitting[-1]
 
 
-def draw_levels(role_S: Tensor, group_S: Tensor, generator: torch.Generator, smallest: float = 1e-3) -> Tensor:
-    """Noise levels t_S in (smallest, 1): one draw per group of targets, from strata permuted over the groups.
+def draw_times(role_S: Tensor, group_S: Tensor, generator: torch.Generator, smallest: float = 1e-3) -> Tensor:
+    """CorruptedTokens levels t_S in (smallest, 1): one draw per group of targets, from strata permuted over the groups.
 
     Given segments get 0, absent ones 1.
     """
@@ -172,7 +175,9 @@ def draw_levels(role_S: Tensor, group_S: Tensor, generator: torch.Generator, sma
     return t_S
 
 
-def corrupt(batch: TokenBatch, role_S: Tensor, t_S: Tensor, schedule: Schedule, generator: torch.Generator) -> Noise:
+def corrupt(
+    batch: TokenBatch, role_S: Tensor, t_S: Tensor, schedule: Schedule, generator: torch.Generator
+) -> CorruptedTokens:
     """The forward process: masks each target token with probability 1 - α(t), each absent one always.
 
     Structure tokens, given segments and padding stay as they are. `role_S` and `t_S` are CPU tensors, as drawn.
@@ -185,7 +190,7 @@ def corrupt(batch: TokenBatch, role_S: Tensor, t_S: Tensor, schedule: Schedule, 
     return _mask(batch, role_S, uniform_BL.to(device) < probability_BL, weight_S)
 
 
-def corrupt_exactly(batch: TokenBatch, role_S: Tensor, group_S: Tensor, generator: torch.Generator) -> Noise:
+def corrupt_exactly(batch: TokenBatch, role_S: Tensor, group_S: Tensor, generator: torch.Generator) -> CorruptedTokens:
     """Masks an exact number of the target tokens of each group: k of L with weight L/k, k uniform in 1..L.
 
     k is drawn from strata permuted over the groups. The expected weighted loss equals that of `corrupt` with the
@@ -213,11 +218,11 @@ def corrupt_exactly(batch: TokenBatch, role_S: Tensor, group_S: Tensor, generato
     return _mask(batch, role_S, masked_BL, weight_S)
 
 
-def _mask(batch: TokenBatch, role_S: Tensor, masked_BL: Tensor, weight_S: Tensor) -> Noise:
+def _mask(batch: TokenBatch, role_S: Tensor, masked_BL: Tensor, weight_S: Tensor) -> CorruptedTokens:
     device = batch.ids_BL.device
     target_BL = _per_token(batch, (role_S == TARGET).to(device), False)
     ids_BL = torch.where(masked_BL, MASK, batch.ids_BL)
-    return Noise(ids_BL, masked_BL & target_BL, target_BL, weight_S.float().to(device))
+    return CorruptedTokens(ids_BL, masked_BL & target_BL, target_BL, weight_S.float().to(device))
 
 
 def _per_token(batch: TokenBatch, value_S: Tensor, elsewhere: float) -> Tensor:
@@ -234,7 +239,7 @@ def queries(where_BL: Tensor, span_BL: Tensor, vocabulary: SharedVocabulary) -> 
 
 
 def weighted_nats(
-    logits: Sequence[Tensor], asked: Queries, batch: TokenBatch, noise: Noise, weighted: bool = True
+    logits: Sequence[Tensor], asked: Queries, batch: TokenBatch, corrupted: CorruptedTokens, weighted: bool = True
 ) -> Tensor:
     """w(t)·Σ cross-entropy of each segment, nats_S in fp32 (fp64 for fp64 logits); plain sums where not `weighted`.
 
@@ -242,12 +247,12 @@ def weighted_nats(
         logits: one [N, V] tensor for each of `asked`, as the transformer returns them.
     """
     exact = torch.promote_types(logits[0].dtype, torch.float32)
-    nats_S = torch.zeros(len(noise.weight_S), dtype=exact, device=batch.ids_BL.device)
+    nats_S = torch.zeros(len(corrupted.weight_S), dtype=exact, device=batch.ids_BL.device)
     ids_P, segment_P = batch.ids_BL.flatten(), batch.segment_BL.flatten()
     for logits_NV, (index_N, (start, _)) in zip(logits, asked, strict=True):
         loss_N = F.cross_entropy(logits_NV.to(exact), ids_P[index_N] - start, reduction="none")
         nats_S = nats_S.index_add(0, segment_P[index_N], loss_N)
-    return nats_S * noise.weight_S if weighted else nats_S
+    return nats_S * corrupted.weight_S if weighted else nats_S
 
 
 @dataclass(frozen=True)
@@ -258,18 +263,18 @@ class Objective:
         schedule: noise schedule.
         weighting: "elbo", w(t) of the bound; "none", 1 for every masked token (as MaskGIT and MUSE train).
         normalisation: divide by "targets", all target tokens, masked or not (LLaDA); or by "masked", the masked ones.
-        importance: tokenizer name -> what a token of it counts, in the sum and in what that is divided by; 1 where not
-            named. A caption has few tokens beside a picture's: more than 1 keeps it from drowning.
+        loss_weights: tokenizer name -> what a token of it counts, in the sum and in what that is divided by; 1 where
+            not named. A caption has few tokens beside a picture's: more than 1 keeps it from drowning.
     """
 
     schedule: Schedule = field(default_factory=LogLinear)
     weighting: Literal["elbo", "none"] = "elbo"
     normalisation: Literal["targets", "masked"] = "targets"
-    importance: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if bad := [name for name, value in self.importance.items() if not 0 < value < math.inf]:
-            raise ValueError(f"objective: importance of {bad[0]!r} must be a number above 0")
+        if bad := [name for name, value in self.loss_weights.items() if not 0 < value < math.inf]:
+            raise ValueError(f"objective: loss_weights of {bad[0]!r} must be a number above 0")
         if self.weighting not in ("elbo", "none") or self.normalisation not in ("targets", "masked"):
             raise ValueError("objective: weighting is elbo or none, normalisation is targets or masked")
 
@@ -278,7 +283,7 @@ class Objective:
         logits: Sequence[Tensor],
         asked: Queries,
         batch: TokenBatch,
-        noise: Noise,
+        corrupted: CorruptedTokens,
         vocabulary: SharedVocabulary,
     ) -> tuple[Tensor, Tensor]:
         """The summed loss of a batch, and what it is to be divided by.
@@ -286,8 +291,8 @@ class Objective:
         Every token counts the same wherever it is only if both are summed over all ranks and all batches of an
         optimizer step before one is divided by the other.
         """
-        nats_S = weighted_nats(logits, asked, batch, noise, weighted=self.weighting == "elbo")
-        counted_BL = noise.target_BL if self.normalisation == "targets" else noise.predicted_BL
-        importance = torch.tensor([self.importance.get(name, 1.0) for name in vocabulary.tokenizers])
-        importance_S = importance.to(nats_S.device)[batch.tokenizer_S]
-        return (nats_S * importance_S).sum(), importance_S[batch.segment_BL[counted_BL]].sum()
+        nats_S = weighted_nats(logits, asked, batch, corrupted, weighted=self.weighting == "elbo")
+        counted_BL = corrupted.target_BL if self.normalisation == "targets" else corrupted.predicted_BL
+        loss_weights = torch.tensor([self.loss_weights.get(name, 1.0) for name in vocabulary.tokenizers])
+        weight_of_S = loss_weights.to(nats_S.device)[batch.tokenizer_S]
+        return (nats_S * weight_of_S).sum(), weight_of_S[batch.segment_BL[counted_BL]].sum()

@@ -15,30 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multidiff.samplers.token_sampling import Choice
+from multidiff.samplers.token_sampling import Candidates
 
 
-def random(choice: Choice, uniform_M: Tensor) -> Tensor:
+def random(candidates: Candidates, uniform_M: Tensor) -> Tensor:
     """Any order is as likely as any other. One position a step, it samples the model's any-order distribution."""
     return uniform_M
 
 
-def confidence(choice: Choice, uniform_M: Tensor) -> Tensor:
+def confidence(candidates: Candidates, uniform_M: Tensor) -> Tensor:
     """log p of the drawn token (Chang et al. 2022, MaskGIT, arXiv 2202.04200)."""
-    return choice.log_p_M
+    return candidates.log_p_M
 
 
-def margin(choice: Choice, uniform_M: Tensor) -> Tensor:
+def margin(candidates: Candidates, uniform_M: Tensor) -> Tensor:
     """p of the most probable token less p of the second (Kim et al. 2025, arXiv 2502.06768)."""
-    return choice.margin_M
+    return candidates.margin_M
 
 
-def entropy(choice: Choice, uniform_M: Tensor) -> Tensor:
+def entropy(candidates: Candidates, uniform_M: Tensor) -> Tensor:
     """Minus the entropy, nats."""
-    return -choice.entropy_M
+    return -candidates.entropy_M
 
 
-BY_MODEL: dict[str, Callable[[Choice, Tensor], Tensor]] = {
+BY_MODEL: dict[str, Callable[[Candidates, Tensor], Tensor]] = {
     "random": random,
     "confidence": confidence,
     "margin": margin,

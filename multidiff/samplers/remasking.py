@@ -29,24 +29,31 @@ def alphas(step_R: Tensor, steps_R: Tensor, remask: str, t_on: float, t_off: flo
 
 
 def sigma(
-    alpha_R2: Tensor, step_R: Tensor, steps_R: Tensor, p_RN: Tensor, remask: str, eta: float, t_on: float, t_off: float
+    alpha_R2: Tensor,
+    step_R: Tensor,
+    steps_R: Tensor,
+    probs_RN: Tensor,
+    remask: str,
+    eta: float,
+    t_on: float,
+    t_off: float,
 ) -> Tensor:
     """σ of each decided position, [R, N].
 
     Args:
         alpha_R2: α_t, α_s.
-        p_RN: probability of each decided token when it was decided; NaN elsewhere.
+        probs_RN: probability of each decided token when it was decided; NaN elsewhere.
         remask: "cap": min(η, σ_max); "rescale": η σ_max; "conf": softmax(-p) over the decided, times σ_max;
             "loop": min(η, σ_max) within [t_off, t_on], 0 outside.
     """
     before_R1, after_R1 = alpha_R2[:, :1], alpha_R2[:, 1:]
     most_R1 = ((1 - after_R1) / before_R1.clamp_min(1e-12)).clamp(0, 1)
     if remask == "rescale":
-        return (eta * most_R1).expand_as(p_RN)
+        return (eta * most_R1).expand_as(probs_RN)
     if remask == "conf":
-        return torch.softmax((-p_RN).masked_fill(p_RN.isnan(), -torch.inf), 1).nan_to_num(0.0) * most_R1
+        return torch.softmax((-probs_RN).masked_fill(probs_RN.isnan(), -torch.inf), 1).nan_to_num(0.0) * most_R1
     capped_R1 = most_R1.clamp_max(eta)
     if remask == "loop":
         t_R1 = (1 - step_R.double() / steps_R)[:, None]
         capped_R1 = torch.where((t_R1 <= t_on) & (t_R1 > t_off), capped_R1, 0.0)
-    return capped_R1.expand_as(p_RN)
+    return capped_R1.expand_as(probs_RN)

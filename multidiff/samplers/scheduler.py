@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multidiff.samplers.frames import Frames
 from multidiff.samplers.sampler import STEPS, MaskSampler, SamplerOutput, State, _uniform
-from multidiff.samplers.token_sampling import Choice, check_finite
+from multidiff.samplers.token_sampling import Candidates, check_finite
 from multidiff.sequence.vocabulary import SharedVocabulary
 
 Scheduler = AmusedScheduler | BlockRefinementScheduler
@@ -52,11 +52,11 @@ class SchedulerSampler(MaskSampler):
         levels_RN: Tensor,
         coords_RN3: Tensor,
         num_inference_steps: int | None = None,
-        stop_RN: Tensor | None = None,
+        eos_RN: Tensor | None = None,
         extent_RN3: Tensor | None = None,
         frame_RN: Tensor | None = None,
     ) -> SchedulerState:
-        state = super().start(sample_RN, levels_RN, coords_RN3, num_inference_steps, stop_RN, extent_RN3, frame_RN)
+        state = super().start(sample_RN, levels_RN, coords_RN3, num_inference_steps, eos_RN, extent_RN3, frame_RN)
         schedulers, block_RN, steps = [], state.block_RN, num_inference_steps or STEPS
         if isinstance(self.scheduler, BlockRefinementScheduler):
             each = num_inference_steps or self.scheduler.config["num_inference_steps"]
@@ -93,11 +93,11 @@ class SchedulerSampler(MaskSampler):
         generator: Sequence[torch.Generator],
     ) -> SamplerOutput:
         assert isinstance(state, SchedulerState)
-        sample_RN, p_RN, frames = sample_RN.clone(), state.p_RN.clone(), state.frames
+        sample_RN, probs_RN, frames = sample_RN.clone(), state.probs_RN.clone(), state.frames
         model_output = model_output.to(sample_RN.device)
         if frames is not None:
-            content_RN, stops_RN = frames.decided(sample_RN, state.mask_token_id)
-            model_output = frames.restrict(model_output, content_RN[where], stops_RN[where], state.stop_RN[where])
+            content_RN, only_eos_RN = frames.decided(sample_RN, state.mask_token_id)
+            model_output = frames.restrict(model_output, content_RN[where], only_eos_RN[where], state.eos_RN[where])
         p_MV = torch.softmax(model_output.double(), -1)
         check_finite(p_MV[:, 0])
         rounds, first = list(state.round_R), 0
@@ -133,17 +133,19 @@ class SchedulerSampler(MaskSampler):
             sample_RN[row, column_N] = after_1N[0]
             changed_N = (after_1N[0] != before_N) & asked_N
             p_NV = chosen_MV.new_zeros(logits_NV.shape).index_put((asked_N.nonzero()[:, 0],), chosen_MV)
-            p_RN[row, column_N[changed_N]] = p_NV[changed_N].gather(1, after_1N[0][changed_N][:, None])[:, 0]
+            probs_RN[row, column_N[changed_N]] = p_NV[changed_N].gather(1, after_1N[0][changed_N][:, None])[:, 0]
         if frames is not None:
-            sample_RN, p_RN = self._follow(frames, sample_RN, p_RN, model_output, where, state, generator)
+            sample_RN, probs_RN = self._follow(frames, sample_RN, probs_RN, model_output, where, state, generator)
         undecided_RN = sample_RN == state.mask_token_id
-        return SamplerOutput(sample_RN, replace(state, undecided_RN=undecided_RN, p_RN=p_RN, round_R=tuple(rounds)))
+        return SamplerOutput(
+            sample_RN, replace(state, undecided_RN=undecided_RN, probs_RN=probs_RN, round_R=tuple(rounds))
+        )
 
     def _follow(
         self,
         frames: Frames,
         sample_RN: Tensor,
-        p_RN: Tensor,
+        probs_RN: Tensor,
         logits_MV: Tensor,
         where: Tensor,
         state: State,
@@ -151,22 +153,22 @@ class SchedulerSampler(MaskSampler):
     ) -> tuple[Tensor, Tensor]:
         """Codes decided together follow the first of their frame, drawn again as the scheduler draws."""
         decide_RN = state.undecided_RN & (sample_RN != state.mask_token_id)
-        content_RN, stops_RN = frames.follow(decide_RN, sample_RN)
-        sample_RN, p_RN = sample_RN.where(~stops_RN, state.stop_RN), p_RN.masked_fill(stops_RN, 1.0)
+        content_RN, only_eos_RN = frames.follow(decide_RN, sample_RN)
+        sample_RN, probs_RN = sample_RN.where(~only_eos_RN, state.eos_RN), probs_RN.masked_fill(only_eos_RN, 1.0)
         row_U = torch.nonzero(content_RN[where]).flatten()
         if len(row_U):
-            choice = Choice(sample_RN[content_RN], torch.log_softmax(logits_MV[row_U].double(), -1))
+            candidates = Candidates(sample_RN[content_RN], torch.log_softmax(logits_MV[row_U].double(), -1))
             temperature = 0.0 if isinstance(self.scheduler, BlockRefinementScheduler) else 1.0
             uniform_U = _uniform(content_RN.sum(1).tolist(), 1, generator)[:, 0].to(sample_RN.device)
-            choice.follow(
+            candidates.follow(
                 torch.arange(len(row_U), device=row_U.device),
-                state.stop_RN[content_RN],
+                state.eos_RN[content_RN],
                 logits_MV[row_U],
                 uniform_U,
                 temperature=temperature,
             )
-            sample_RN[content_RN], p_RN[content_RN] = choice.content_M, choice.content_log_p_M.exp()
-        return sample_RN, p_RN
+            sample_RN[content_RN], probs_RN[content_RN] = candidates.content_M, candidates.content_log_p_M.exp()
+        return sample_RN, probs_RN
 
 
 class Samplers(Mapping[str, MaskSampler]):

@@ -16,10 +16,16 @@ CACHES = ("none", "approximate_prefix", "approximate_dual")
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raises a ValueError that names what is out of range, or the two settings that do not go together."""
-    order, count, remask = settings["order"], settings["count"], settings["remask"]
-    counts = (*SCHEDULES, *ADAPTIVE, "ancestral")
+    order, unmasking, remask = settings["order"], settings["unmasking"], settings["remask"]
+    unmaskings = (*SCHEDULES, *ADAPTIVE, "ancestral")
     orders = (*BY_MODEL, *BY_PLACE)
-    choices = {"order": orders, "count": counts, "remask": REMASKS, "draw": ("inverse", "gumbel"), "cache": CACHES}
+    choices = {
+        "order": orders,
+        "unmasking": unmaskings,
+        "remask": REMASKS,
+        "draw": ("inverse", "gumbel"),
+        "cache": CACHES,
+    }
     for name, known in choices.items():
         if settings[name] not in known:
             raise ValueError(f"{name} {settings[name]!r} must be one of {', '.join(known)}")
@@ -27,11 +33,11 @@ def check_settings(settings: dict[str, Any]) -> None:
     _check_ranges(settings)
     # A setting that belongs to one value of another.
     owners = {
-        "exponent": ("count", ("power",)),
-        **{name: ("count", (name,)) for name in ADAPTIVE},
+        "exponent": ("unmasking", ("power",)),
+        **{name: ("unmasking", (name,)) for name in ADAPTIVE},
         "eta": ("remask", ("cap", "rescale", "loop")),
         "loop": ("remask", ("loop",)),
-        "edit_threshold": ("remask", ("edit",)),
+        "editing_threshold": ("remask", ("edit",)),
     }
     for name, (owner, values) in owners.items():
         if settings[name] is not None and settings[owner] not in values:
@@ -42,18 +48,18 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"{owner} {settings[owner]!r} needs {name}")
     clashes = {
         ("order", "order_temperature"): order == "random" and settings["order_temperature"] > 0,
-        ("count", "order"): (count in ("threshold", "factor") and order != "confidence")
-        or (count == "entropy_bound" and order != "entropy")
-        or (count == "ancestral" and order != "random"),
-        ("count", "order_temperature"): count in ADAPTIVE and settings["order_temperature"] > 0,
-        ("count", "level_penalty"): count in (*ADAPTIVE, "ancestral") and settings["level_penalty"] > 0,
-        ("count", "num_inference_steps"): count in ADAPTIVE and settings["num_inference_steps"] is not None,
-        ("count", "block_size"): count == "ancestral" and settings["block_size"] is not None,
-        ("count", "guidance_schedule"): count in ADAPTIVE and settings["guidance_schedule"] != "constant",
+        ("unmasking", "order"): (unmasking in ("threshold", "factor") and order != "confidence")
+        or (unmasking == "entropy_bound" and order != "entropy")
+        or (unmasking == "ancestral" and order != "random"),
+        ("unmasking", "order_temperature"): unmasking in ADAPTIVE and settings["order_temperature"] > 0,
+        ("unmasking", "level_penalty"): unmasking in (*ADAPTIVE, "ancestral") and settings["level_penalty"] > 0,
+        ("unmasking", "num_inference_steps"): unmasking in ADAPTIVE and settings["num_inference_steps"] is not None,
+        ("unmasking", "block_length"): unmasking == "ancestral" and settings["block_length"] is not None,
+        ("unmasking", "guidance_schedule"): unmasking in ADAPTIVE and settings["guidance_schedule"] != "constant",
         ("remask", "repetition_penalty"): remask == "edit" and settings["repetition_penalty"] != 1,
-        ("remask", "count"): remask in POSTERIOR and count != "ancestral",
+        ("remask", "unmasking"): remask in POSTERIOR and unmasking != "ancestral",
         ("cache", "remask"): settings["cache"] != "none" and remask != "none",
-        ("cache", "block_size"): settings["cache"] != "none" and settings["block_size"] is None,
+        ("cache", "block_length"): settings["cache"] != "none" and settings["block_length"] is None,
         **{
             ("temperature", name): settings["temperature"] == 0 and settings[name] != neutral
             for name, neutral in (("top_k", None), ("top_p", 1.0), ("typical_p", 1.0), ("draw", "inverse"))
@@ -105,15 +111,17 @@ def _check_types(settings: dict[str, Any]) -> None:
         **dict.fromkeys(
             ("temperature", "order_temperature", "level_penalty", "exponent", *ADAPTIVE), ("a number", _number)
         ),
-        **dict.fromkeys(("top_p", "typical_p", "eta", "edit_threshold", "repetition_penalty"), ("a number", _number)),
+        **dict.fromkeys(
+            ("top_p", "typical_p", "eta", "editing_threshold", "repetition_penalty"), ("a number", _number)
+        ),
         **dict.fromkeys(("top_k", "min_length", "max_length", "num_inference_steps"), ("a whole number", _whole)),
-        "block_size": ("a whole number or 'level'", lambda value: value == "level" or _whole(value)),
+        "block_length": ("a whole number or 'level'", lambda value: value == "level" or _whole(value)),
         "loop": (
             "three numbers",
             lambda value: isinstance(value, Sequence) and len(value) == 3 and all(map(_number, value)),
         ),
-        "forbidden": ("a list of whole numbers", whole_numbers),
-        "forced": (
+        "suppress_tokens": ("a list of whole numbers", whole_numbers),
+        "forced_tokens": (
             "a table of whole numbers, place: id",
             lambda value: table(value, _whole) and all(map(is_place, value)),
         ),
@@ -141,11 +149,11 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     for name in ("top_p", "typical_p", "repetition_penalty"):
         if settings[name] is not None and settings[name] <= 0:
             raise ValueError(f"{name} {settings[name]} must be more than 0")
-    for name in ("top_p", "typical_p", "threshold", "eta", "edit_threshold"):
+    for name in ("top_p", "typical_p", "threshold", "eta", "editing_threshold"):
         if settings[name] is not None and not 0 <= settings[name] <= 1:
             raise ValueError(f"{name} {settings[name]} must be in [0, 1]")
-    if settings["block_size"] not in (None, "level") and settings["block_size"] < 1:
-        raise ValueError(f"block_size {settings['block_size']} must be at least 1")
+    if settings["block_length"] not in (None, "level") and settings["block_length"] < 1:
+        raise ValueError(f"block_length {settings['block_length']} must be at least 1")
     if settings["loop"] is not None:
         t_on, t_off, plateau = settings["loop"]
         if not (0 < t_off < t_on < 1 and 0 < plateau < 1):
@@ -166,18 +174,20 @@ def check_ids(settings: Mapping[str, Any], size: int, number: int | None, *, end
         number: of codes to fill in, in the row that has most; None where that is not known yet.
         ends: whether their content may end before their room does.
     """
-    forbidden, forced = set(settings["forbidden"] or ()), settings["forced"] or {}
-    for name, ids in (("forbidden", forbidden), ("forced", forced.values())):
+    forbidden, forced = set(settings["suppress_tokens"] or ()), settings["forced_tokens"] or {}
+    for name, ids in (("suppress_tokens", forbidden), ("forced_tokens", forced.values())):
         for token in ids:
             if not 0 <= token < size:
                 raise ValueError(f"{name}: no code is called {token}; there are 0 to {size - 1}")
     if len(forbidden) == size:
-        raise ValueError(f"forbidden leaves none of the {size} codes to draw, which temperature and top_p choose from")
+        raise ValueError(f"suppress_tokens leaves none of the {size} codes to draw from")
     for place, token in forced.items():
         if number is not None and not 0 <= int(place) < number:
-            raise ValueError(f"forced: place {place} is none of the {number} codes to fill in, 0 to {number - 1}")
+            raise ValueError(
+                f"forced_tokens: place {place} is none of the {number} codes to fill in, 0 to {number - 1}"
+            )
         if token in forbidden:
-            raise ValueError(f"forced wants code {token} at place {place}, which forbidden rules out")
+            raise ValueError(f"forced_tokens wants code {token} at place {place}, which suppress_tokens rules out")
     for name in ("min_length", "max_length"):
         if settings[name] is not None and not ends:
             raise ValueError(f"{name} {settings[name]} needs codes whose length varies; here canvas says it")

@@ -1,4 +1,4 @@
-"""Choice: logits to one token per position and what the other parts need to know of it.
+"""Candidates: logits to one token per position and what the other parts need to know of it.
 
 Shape suffixes: M positions, U some of them, V local ids.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Choice:
+class Candidates:
     """One candidate for each position.
 
     Attributes:
@@ -28,7 +28,7 @@ class Choice:
         self.log_p_M = log_p_MV.gather(-1, token_M[:, None]).squeeze(-1)
         self.content_M, self.content_log_p_M = self.token_M, self.log_p_M
 
-    def follow(self, row_U: Tensor, stop_U: Tensor, logits_MV: Tensor, uniform_U: Tensor, **truncation: Any) -> None:
+    def follow(self, row_U: Tensor, eos_U: Tensor, logits_MV: Tensor, uniform_U: Tensor, **truncation: Any) -> None:
         """Prepare for positions U, which may have to be content because another of their frame is.
 
         Their tokens follow the distribution without the stop, truncated after the stop is taken out, as when codes are
@@ -37,28 +37,28 @@ class Choice:
 
         Args:
             row_U: rows of `logits_MV`.
-            stop_U: local id of the stop.
-            logits_MV, truncation: as `choose` took them.
+            eos_U: local id of the stop.
+            logits_MV, truncation: as `sample_tokens` took them.
             uniform_U: independent of the first draw, or of shape UV and the same as there: the second largest of a
                 Gumbel draw does not depend on which is the largest.
         """
-        logits_UV = logits_MV[row_U].scatter(1, stop_U[:, None], -torch.inf)
-        other = choose(logits_UV, uniform_U, **truncation)
+        logits_UV = logits_MV[row_U].scatter(1, eos_U[:, None], -torch.inf)
+        other = sample_tokens(logits_UV, uniform_U, **truncation)
         token_U = other.token_M
         if truncation.get("top_k") is None and truncation.get("top_p", 1) == truncation.get("typical_p", 1) == 1:
-            token_U = torch.where(self.token_M[row_U] == stop_U, token_U, self.token_M[row_U])
+            token_U = torch.where(self.token_M[row_U] == eos_U, token_U, self.token_M[row_U])
         log_p_U = other._log_p_MV.gather(-1, token_U[:, None]).squeeze(-1)
         self.content_M = self.content_M.index_put((row_U,), token_U)
         self.content_log_p_M = self.content_log_p_M.index_put((row_U,), log_p_U)
 
-    def to(self, device: torch.device, *names: str) -> Choice:
+    def to(self, device: torch.device, *names: str) -> Candidates:
         """Token, log-probability and the attributes of these names on another device, in one transfer."""
         if device == self.token_M.device:
             return self
         names = ("token_M", "log_p_M", *names)
         # float64 holds ids exactly.
         values = torch.stack([getattr(self, name).double() for name in names]).to(device)
-        moved = Choice.__new__(Choice)
+        moved = Candidates.__new__(Candidates)
         for name, value_M in zip(names, values, strict=True):
             setattr(moved, name, value_M.to(getattr(self, name).dtype))
         return moved
@@ -86,14 +86,14 @@ class Choice:
         return torch.special.entr(self._log_p_MV.exp()).sum(-1)
 
 
-def choose(
+def sample_tokens(
     logits_MV: Tensor,
     uniform: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     typical_p: float = 1.0,
-) -> Choice:
+) -> Candidates:
     """Draw tokens in fp64.
 
     In fp32 rare tokens fall below the rounding, which sharpens the distribution (Zheng et al. 2024,
@@ -111,7 +111,7 @@ def choose(
     """
     log_p_MV = torch.log_softmax(logits_MV.double(), dim=-1)
     if temperature == 0:
-        return Choice(log_p_MV.argmax(dim=-1), log_p_MV)
+        return Candidates(log_p_MV.argmax(dim=-1), log_p_MV)
     p_MV = torch.softmax(log_p_MV / temperature, dim=-1)
     if top_k is not None and top_k < p_MV.shape[-1]:
         kept_Mk = p_MV.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
@@ -122,13 +122,13 @@ def choose(
         entropy_M1 = torch.special.entr(p_MV).sum(-1, keepdim=True)
         p_MV = _renormalised(_smallest_set(p_MV, (-p_MV.log() - entropy_M1).abs(), typical_p))
     if uniform.dim() == 2:
-        return Choice((p_MV.log() + gumbel(uniform)).argmax(dim=-1), log_p_MV)
+        return Candidates((p_MV.log() + gumbel(uniform)).argmax(dim=-1), log_p_MV)
     cumulative_MV = p_MV.cumsum(dim=-1)
     total_M1 = cumulative_MV[:, -1:]
     # `right`, and below the total even after rounding: a token of probability 0 is never drawn.
     point_M1 = torch.minimum(uniform[:, None] * total_M1, total_M1.nextafter(torch.zeros_like(total_M1)))
     token_M1 = torch.searchsorted(cumulative_MV, point_M1, right=True)
-    return Choice(token_M1.squeeze(-1).clamp_max(log_p_MV.shape[-1] - 1), log_p_MV)  # beyond the last where NaN
+    return Candidates(token_M1.squeeze(-1).clamp_max(log_p_MV.shape[-1] - 1), log_p_MV)  # beyond the last where NaN
 
 
 class NotFiniteError(ValueError):

@@ -50,23 +50,23 @@ def _leaving(number: int, steps: int, share: Callable[[float], float]) -> list[i
 SCHEDULES: dict[str, Callable[..., list[int]]] = {"linear": linear, "cosine": cosine, "arccos": arccos, "power": power}
 
 
-def threshold(p_RN: Tensor, least: float) -> Tensor:
+def threshold(probs_RN: Tensor, least: float) -> Tensor:
     """Positions of confidence p ≥ τ, at least one (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, algorithm 1).
 
     Args:
-        p_RN: probability of each candidate, the surest first; -1 where there is none.
+        probs_RN: probability of each candidate, the surest first; -1 where there is none.
 
     Returns:
         count_R: how many, from the first.
     """
-    return _at_least_one((p_RN >= least).sum(1), p_RN[:, 0] >= 0)
+    return _at_least_one((probs_RN >= least).sum(1), probs_RN[:, 0] >= 0)
 
 
-def factor(p_RN: Tensor, most: float) -> Tensor:
+def factor(probs_RN: Tensor, most: float) -> Tensor:
     """The largest n with (n + 1)(1 - p of the n-th) < f, at least one (Fast-dLLM, section 3.3)."""
-    number_N = torch.arange(2, p_RN.shape[1] + 2, device=p_RN.device)
-    fits_RN = (number_N * (1 - p_RN) < most) & (p_RN >= 0)
-    return _at_least_one((fits_RN * (number_N - 1)).amax(1), p_RN[:, 0] >= 0)
+    number_N = torch.arange(2, probs_RN.shape[1] + 2, device=probs_RN.device)
+    fits_RN = (number_N * (1 - probs_RN) < most) & (probs_RN >= 0)
+    return _at_least_one((fits_RN * (number_N - 1)).amax(1), probs_RN[:, 0] >= 0)
 
 
 def entropy_bound(entropy_RN: Tensor, gamma: float) -> Tensor:

@@ -40,7 +40,12 @@ class SeenDocuments:
 
     @classmethod
     def of(
-        cls, orders: Orders, sizes: Sizes, shuffled: bool, slack: Mapping[str, int], varies: Mapping[str, bool]
+        cls,
+        orders: Orders,
+        sizes: Sizes,
+        shuffled: bool,
+        max_eos_padding: Mapping[str, int],
+        varies: Mapping[str, bool],
     ) -> SeenDocuments:
         """The facts, from counts.
 
@@ -48,7 +53,7 @@ class SeenDocuments:
             orders: how many documents had these names, in this order.
             sizes: name -> how many items had this size, as JSON.
             shuffled: as above.
-            slack: name -> most units behind an item; not named: see `most_units`.
+            max_eos_padding: name -> most units behind an item; not named: see `most_units`.
             varies: name -> whether its length varies.
         """
         if shuffled:
@@ -71,7 +76,9 @@ class SeenDocuments:
             lengths = Counter({size[unit]: number for size, number in found})
             usual = usual_units(lengths)
             canvas[name] = {unit: usual}
-            longest = max(most_units(length, usual, slack.get(name)) for length in (max(lengths), min(lengths)))
+            longest = max(
+                most_units(length, usual, max_eos_padding.get(name)) for length in (max(lengths), min(lengths))
+            )
             ranges[name] = {unit: (min(lengths) + 1, longest)}
         kept = tuple(order for order, _ in orders.most_common()) if len(orders) <= _MOST_ORDERS else ()
         return cls(kept, shuffled, ranges, canvas)
@@ -169,12 +176,12 @@ def usual_units(lengths: Counter[int]) -> int:
     raise AssertionError("no lengths")
 
 
-def most_units(length: int, usual: int, slack: int | None) -> int:
+def most_units(length: int, usual: int, max_eos_padding: int | None) -> int:
     """The largest canvas for an item of `length` units in training; the smallest has one unit more than the item.
 
     By default it reaches up to the usual canvas, which generation fills in, and to a quarter of the item at least.
     """
-    return length + slack if slack is not None else max(usual, length + max(1, -(-length // 4)))
+    return length + max_eos_padding if max_eos_padding is not None else max(usual, length + max(1, -(-length // 4)))
 
 
 def _name(value: Any) -> str:

@@ -149,16 +149,16 @@ class Sequencer:
                 "segment may have; make it smaller"
             )
 
-    def given(self, name: str, codes: Codes, slack: int = 1) -> Segment:
-        """A known segment; `slack` ≥ 1 units of stops follow its codes where its length varies."""
+    def given(self, name: str, codes: Codes, max_eos_padding: int = 1) -> Segment:
+        """A known segment; `max_eos_padding` ≥ 1 units of stops follow its codes where its length varies."""
         self.vocabulary.layout(name)
         if not self.vocabulary.tokenizers[name].variable_length:
             known_N = torch.ones(len(codes), dtype=torch.bool)
             return Segment(name, codes.ids_N, codes.levels_N, codes.coords_N3, known_N, len(codes), codes.size)
         (unit, length), *_ = codes.size.items()
-        canvas = self.canvas(name, {unit: length + slack})
-        stops_N = self.vocabulary.stop_codes(name, canvas.levels_N[len(codes) :])
-        ids_N = torch.cat([codes.ids_N, stops_N])
+        canvas = self.canvas(name, {unit: length + max_eos_padding})
+        eos_N = self.vocabulary.eos_ids(name, canvas.levels_N[len(codes) :])
+        ids_N = torch.cat([codes.ids_N, eos_N])
         known_N = torch.ones(len(ids_N), dtype=torch.bool)
         return Segment(name, ids_N, canvas.levels_N, canvas.coords_N3, known_N, len(codes), canvas.size)
 
@@ -188,11 +188,11 @@ class Sequencer:
         if not self.vocabulary.tokenizers[segment.tokenizer].variable_length:
             return Codes(ids_N, levels_N, coords_N3, dict(size))
         (unit, length), *_ = size.items()
-        stop_N = ids_N == self.vocabulary.stop_codes(segment.tokenizer, levels_N)
-        ends = torch.nonzero(stop_N & (levels_N == 0)).flatten()
+        eos_N = ids_N == self.vocabulary.eos_ids(segment.tokenizer, levels_N)
+        ends = torch.nonzero(eos_N & (levels_N == 0)).flatten()
         units = int(ends[0]) // self.unit(segment) if len(ends) else length
         end = units * self.unit(segment)
-        ids_N = torch.where(stop_N[:end], 0, ids_N[:end])
+        ids_N = torch.where(eos_N[:end], 0, ids_N[:end])
         return Codes(ids_N, levels_N[:end], coords_N3[:end], {unit: units})
 
     def batch(self, documents: Sequence[Document], row_length: int | None = None) -> TokenBatch:

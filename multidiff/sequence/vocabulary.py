@@ -139,7 +139,7 @@ class SharedVocabulary:
             raise ValueError(f"a shared id lies outside the span of {name}")
         return local_N
 
-    def stop_codes(self, name: str, levels_N: Tensor) -> Tensor:
+    def eos_ids(self, name: str, levels_N: Tensor) -> Tensor:
         """Local id of the stop at each of the given levels. `ValueError` for a tokenizer of fixed length."""
         if not self.tokenizers[name].variable_length:
             raise ValueError(f"{name} has a fixed length and no stop")

@@ -193,7 +193,7 @@ class Previews(Callback):
         pl_module.train(training)
 
     def _log(self, trainer: Trainer, pipeline: MultiDiffPipeline, name: str) -> None:
-        from multidiff.generation.pipeline import Blank, Partial
+        from multidiff.generation.pipeline import Blank, Masked
 
         documents = trainer.datamodule.documents("validation")  # pyright: ignore[reportAttributeAccessIssue]
         blanked = []
@@ -204,7 +204,7 @@ class Previews(Callback):
                 # The codes themselves: decoding and encoding again would give others.
                 blanked.append(
                     [
-                        Blank(other) if other == name else Partial(other, code, torch.ones(len(code), dtype=torch.bool))
+                        Blank(other) if other == name else Masked(other, code, torch.ones(len(code), dtype=torch.bool))
                         for other, code in codes
                     ]
                 )

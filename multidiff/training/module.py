@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from multidiff import plugins
 from multidiff.checkpoints import folder as saving
 from multidiff.checkpoints.lightning import KEY, pack
-from multidiff.data import DocumentData
+from multidiff.data import DocumentDataModule
 from multidiff.objectives.diffusion import (
     ABSENT,
     GIVEN,
@@ -24,8 +24,8 @@ from multidiff.objectives.diffusion import (
     Task,
     corrupt,
     corrupt_exactly,
-    draw_levels,
     draw_roles,
+    draw_times,
     queries,
     weighted_nats,
 )
@@ -46,11 +46,11 @@ class MaskedDiffusionModule(LightningModule):
             fixes the vocabulary.
         transformer: arguments of `MaskedDiffusionTransformer`, all but `vocabulary_rows`.
         tasks: the task mixture; null trains every segment of every document with one noise level each.
-        objective: schedule, weighting, normalisation and importance per tokenizer of the training loss.
+        objective: schedule, weighting, normalisation and loss_weights per tokenizer of the training loss.
         optimizer: called with three parameter groups: the blocks' matrices (marked `hidden: True`), the embedding and
             the head, and vectors, which get no weight decay.
         warmup_steps: steps of linear warm-up.
-        final_lr: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
+        min_lr_ratio: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
             (`max_steps`, `max_epochs`, `max_time`) is reached.
         samplers: sampling settings by tokenizer name, used by previews and saved with the model.
         seed: of weights and noise.
@@ -64,7 +64,7 @@ class MaskedDiffusionModule(LightningModule):
         objective: Objective = Objective(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 100,
-        final_lr: float = 0.05,
+        min_lr_ratio: float = 0.05,
         samplers: dict[str, dict[str, Any]] | None = None,
         seed: int = 0,
     ):
@@ -80,14 +80,14 @@ class MaskedDiffusionModule(LightningModule):
         self.recipe = {"tokenizers": pack(built), "transformer": settings, "samplers": samplers or {}}
         self.samplers = saving.load_samplers(samplers or {}, self.vocabulary, "model.samplers")
         self.tasks = [Task.of(task) for task in tasks or [{"roles": {"others": "target"}}]]
-        for name in ({name for task in self.tasks for name in task.roles} - {"others"}) | objective.importance.keys():
+        for name in ({name for task in self.tasks for name in task.roles} - {"others"}) | objective.loss_weights.keys():
             self.vocabulary.layout(name)
         self.objective, self.optimizer = objective, optimizer
-        self.warmup_steps, self.final_lr, self.seed = warmup_steps, final_lr, seed
+        self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.seen: SeenDocuments | None = None
         self._counts: list[Tensor] = []  # what the losses of this optimizer step are divided by, batch by batch
         self._group_of = {
-            name: 2 if weight.dim() < 2 else int(not name.startswith("transformer.blocks."))
+            name: 2 if weight.dim() < 2 else int(not name.startswith("transformer.layers."))
             for name, weight in self.named_parameters()
         }
 
@@ -106,7 +106,7 @@ class MaskedDiffusionModule(LightningModule):
     def training_step(self, batch: TokenBatch, batch_index: int) -> Tensor:
         generator = generator_for(self.seed, self.current_epoch, batch_index, self.global_rank)
         role_S, group_S = draw_roles(batch, self.tasks, self.vocabulary, generator)
-        t_S = draw_levels(role_S, group_S, generator)
+        t_S = draw_times(role_S, group_S, generator)
         noise = corrupt(batch, role_S, t_S, self.objective.schedule, generator)
         asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
         logits = self(batch, noise.ids_BL, asked)
@@ -155,7 +155,7 @@ class MaskedDiffusionModule(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
-        """Adds to the bound of each tokenizer, given and alone, and to the joint one."""
+        """Adds to the bound of each tokenizer, conditional and unconditional, and to the joint one."""
         tokenizers = range(len(self.vocabulary.tokenizers))
         document_S = batch.document_S
         for index, other in ((index, other) for index in tokenizers for other in (GIVEN, ABSENT)):
@@ -167,7 +167,7 @@ class MaskedDiffusionModule(LightningModule):
             # A document of this tokenizer alone has no others to be given.
             counts_D = holds_D & mixed_D if other == GIVEN else holds_D
             role_S = torch.where(mine_S & counts_D[document_S], TARGET, torch.where(mine_S, ABSENT, other))
-            mode = "given" if other == GIVEN else "alone"
+            mode = "conditional" if other == GIVEN else "unconditional"
             self._evaluate(batch, role_S, (batch_index, index, other), mode)
         self._evaluate(batch, torch.full_like(document_S, TARGET), (batch_index, -1, TARGET), "joint")
 
@@ -197,7 +197,9 @@ class MaskedDiffusionModule(LightningModule):
         self._log_bounds("test")
 
     def _log_bounds(self, stage: str) -> None:
-        labels = [f"{name}/{mode}" for name in self.vocabulary.tokenizers for mode in ("given", "alone")] + ["joint"]
+        labels = [
+            f"{name}/{mode}" for name in self.vocabulary.tokenizers for mode in ("conditional", "unconditional")
+        ] + ["joint"]
         for label in labels:  # the same on every rank, whatever its documents held
             value = self._sums.get(label, torch.zeros(2, device=self.device))
             nats, tokens = self.trainer.strategy.reduce(value, reduce_op="sum")
@@ -230,7 +232,7 @@ class MaskedDiffusionModule(LightningModule):
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
             cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress(self.trainer, step))).item())
-            return warm * (self.final_lr + (1 - self.final_lr) * cosine)
+            return warm * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -263,5 +265,5 @@ class MaskedDiffusionModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "vocabulary"):
             self.vocabulary.check(data.vocabulary, "the data module (data.init_args.tokenizers)")
-        if stage == "fit" and isinstance(data, DocumentData):
+        if stage == "fit" and isinstance(data, DocumentDataModule):
             self.seen = data.seen

@@ -25,7 +25,7 @@ class State:
 def prepare(folder: Path, random: Random) -> State:
     """What Lightning saves of a small model, less what is Lightning's own."""
     tokenizers = {"text": {"plugin": "bpe"}, "note": {"plugin": "bpe", "preset": "bytes"}}
-    samplers = {"text": {"canvas": {"tokens": 4}, "forced": {0: 7}}, "note": {"canvas": {"tokens": 3}}}
+    samplers = {"text": {"canvas": {"tokens": 4}, "forced_tokens": {0: 7}}, "note": {"canvas": {"tokens": 3}}}
     transformer = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
     module = MaskedDiffusionModule(tokenizers, transformer, samplers=samplers, seed=random.randrange(2**31))
     content = {"epoch": 1, "global_step": 7, "state_dict": module.state_dict(), "optimizer_states": [{"a": [1]}]}

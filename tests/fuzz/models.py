@@ -37,8 +37,8 @@ def prepare(folder: Path, random: Random) -> State:
     transformer = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=32, num_layers=2, num_heads=2)
     transformer.initialize(torch.Generator().manual_seed(random.randrange(2**31)))
     samplers = {
-        "text": MaskSampler(canvas={"tokens": 4}, forced={0: 7}, forbidden=[3]),
-        "speech": MaskSampler(canvas={"frames": 2}, guidance_scale={"text": 2.0}, count="threshold", threshold=0.9),
+        "text": MaskSampler(canvas={"tokens": 4}, forced_tokens={0: 7}, suppress_tokens=[3]),
+        "speech": MaskSampler(canvas={"frames": 2}, guidance_scale={"text": 2.0}, unmasking="threshold", threshold=0.9),
     }
     model = folder / "model"
     MultiDiffPipeline(transformer.eval(), vocabulary, tokenizers, samplers).save_pretrained(model)
@@ -75,7 +75,7 @@ def load_and_generate(path: Path, named: Path) -> str:
             raise AssertionError(f"loaded, but: {error}") from error
         return "refused in generating"
     for part in output.documents[0][1:]:
-        assert bool(part.p_N.isfinite().all())
+        assert bool(part.probs_N.isfinite().all())
         assert not isinstance(part.item, Audio) or bool(part.item.waveform.isfinite().all())
     return "works"
 

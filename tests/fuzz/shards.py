@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from multidiff.data import DocumentData
+from multidiff.data import DocumentDataModule
 
 _TOKENIZERS = {"text": {"plugin": "bpe", "preset": "bytes"}, "title": {"plugin": "bpe", "preset": "bytes"}}
 
@@ -60,7 +60,7 @@ def attempt(state: dict, number: int, random: Random) -> str:
 
 
 def _codes(folder: Path) -> list[list[tuple[str, list[int], dict[str, int]]]]:
-    data = DocumentData(str(folder), _TOKENIZERS)
+    data = DocumentDataModule(str(folder), _TOKENIZERS)
     data.prepare_data()
     data.setup("fit")
     splits = [data.documents(split) for split in ("train", "validation")]

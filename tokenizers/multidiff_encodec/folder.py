@@ -100,7 +100,7 @@ def read_codec(path: Path) -> tuple[EncodecModel, CodecConfig]:
 
 
 def keep_codebooks(model: EncodecModel, config: CodecConfig, count: int) -> CodecConfig:
-    """Drop all levels of `model` but the first `count`; codes of the kept levels stay the same."""
+    """Drop all levels of `model` but the first `unmasking`; codes of the kept levels stay the same."""
     if not 1 <= count <= config.codebooks:
         raise ValueError(f"codebooks must lie in 1 … {config.codebooks}, which these weights hold; got {count!r}")
     del model.quantizer.vq.layers[count:]

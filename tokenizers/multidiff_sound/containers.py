@@ -312,7 +312,7 @@ class _Info(NamedTuple):
 
 
 def _info_frame(header: bytes, count: int) -> bytes:
-    """A frame of silence, of the format of `header`, which says that `count` others follow."""
+    """A frame of silence, of the format of `header`, which says that `unmasking` others follow."""
     header = bytes([0xFF, header[1] | 1, header[2] & 0x0C | 0xE0, header[3]])  # no checksum, the highest bit rate
     frame = _Frame.parse(header)
     assert frame is not None

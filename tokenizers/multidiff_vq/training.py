@@ -57,12 +57,13 @@ class VQTraining(AutoencoderTraining):
         settings: what differs from the preset, by name of diffusers' `VQModel`'s arguments.
         quantizer: vq, fsq or lfq, from `multidiff_vq.quantizers`.
         levels: of fsq; their product is the number of codes, in place of the preset's.
-        l1: weight of the absolute error beside the squared one; sharpens edges.
-        gradient: weight of the error of differences between neighbouring pixels at three scales.
-        perceptual: weight of the distance between features of VGG-16.
-        backbone: file with VGG-16's weights, for `perceptual`.
-        rate: weight of the entropy of the codes by place; more makes codes easier to model and pictures less exact.
-        entropy: weight of lfq's own loss.
+        l1_weight: weight of the absolute error beside the squared one; sharpens edges.
+        gradient_weight: weight of the error of differences between neighbouring pixels at three scales.
+        perceptual_weight: weight of the distance between features of VGG-16.
+        backbone: file with VGG-16's weights, for `perceptual_weight`.
+        rate_weight: weight of the entropy of the codes by place; more makes codes easier to model and pictures less
+            exact.
+        entropy_weight: weight of lfq's own loss.
         shift: each training picture moves by up to so many pixels each way, edges repeated.
         flip: mirror each training picture with this probability.
         **common: as `multidiff_autoencoder.training.AutoencoderTraining` has them.
@@ -84,12 +85,12 @@ class VQTraining(AutoencoderTraining):
         settings: dict[str, Any] | None = None,
         quantizer: Quantizer = "vq",
         levels: list[int] | None = None,
-        l1: float = 0.5,
-        gradient: float = 0.0,
-        perceptual: float = 0.0,
+        l1_weight: float = 0.5,
+        gradient_weight: float = 0.0,
+        perceptual_weight: float = 0.0,
         backbone: str | None = None,
-        rate: float = 0.0,
-        entropy: float = 0.1,
+        rate_weight: float = 0.0,
+        entropy_weight: float = 0.1,
         shift: int = 1,
         flip: float = 0.0,
         **common: Any,
@@ -97,8 +98,8 @@ class VQTraining(AutoencoderTraining):
         super().__init__(folder, **common)
         if preset not in PRESETS:
             raise ValueError(f"no size is called {preset!r}; known: {', '.join(PRESETS)}")
-        if (perceptual > 0) != (backbone is not None):
-            raise ValueError(f"perceptual {perceptual} and backbone {backbone!r}: one needs the other")
+        if (perceptual_weight > 0) != (backbone is not None):
+            raise ValueError(f"perceptual_weight {perceptual_weight} and backbone {backbone!r}: one needs the other")
         arguments = {**PRESETS[preset], **(settings or {})}
         arguments |= codebook_arguments(quantizer, arguments["num_vq_embeddings"], levels)
         try:
@@ -108,8 +109,8 @@ class VQTraining(AutoencoderTraining):
         self.model.quantize.embedding.weight.requires_grad_(False)
         self.preset = preset
         self.quantizer, self.fixed = quantizer, fixed_quantizer(quantizer, self.model, levels)
-        self.l1, self.gradient, self.perceptual = l1, gradient, perceptual
-        self.rate, self.entropy = rate, entropy
+        self.l1_weight, self.gradient_weight, self.perceptual_weight = l1_weight, gradient_weight, perceptual_weight
+        self.rate_weight, self.entropy_weight = rate_weight, entropy_weight
         self.backbone = PerceptualLoss(backbone) if backbone else None
         self.discriminator = PatchDiscriminator(arguments["in_channels"]) if self.adversary else None
         self.shift, self.flip = shift, flip
@@ -160,10 +161,15 @@ class VQTraining(AutoencoderTraining):
         parts = self._likeness(restored_BCHW, signal_BCHW)
         reconstruction = parts["reconstruction"]
         parts["commitment"] = F.mse_loss(latents_BDhw, quantized_BDhw.detach())
-        loss = reconstruction + self.commitment * parts["commitment"] + self.entropy * own + self.idle_discriminator()
-        if self.rate and self.codebook.started:
+        loss = (
+            reconstruction
+            + self.commitment * parts["commitment"]
+            + self.entropy_weight * own
+            + self.idle_discriminator()
+        )
+        if self.rate_weight and self.codebook.started:
             parts["entropy"] = _entropy_by_place(latents_BDhw, self.codebook.codes_VD)
-            loss = loss + self.rate * parts["entropy"]
+            loss = loss + self.rate_weight * parts["entropy"]
         if self.opposed:
             parts |= self._oppose(reconstruction, restored_BCHW, signal_BCHW)
             loss = loss + parts["weight"] * self.adversary * parts["adversarial"] + parts["discriminator"]
@@ -237,13 +243,13 @@ class VQTraining(AutoencoderTraining):
         """The losses that compare pictures, and their weighted sum as `reconstruction`."""
         absolute = F.l1_loss(restored_BCHW, signal_BCHW)
         parts = {"squared": F.mse_loss(restored_BCHW, signal_BCHW), "absolute": absolute}
-        reconstruction = parts["squared"] + self.l1 * absolute
-        if self.gradient:
+        reconstruction = parts["squared"] + self.l1_weight * absolute
+        if self.gradient_weight:
             parts["gradient"] = gradient_loss(restored_BCHW, signal_BCHW)
-            reconstruction = reconstruction + self.gradient * parts["gradient"]
+            reconstruction = reconstruction + self.gradient_weight * parts["gradient"]
         if self.backbone is not None:
             parts["perceptual"] = self.backbone(restored_BCHW, signal_BCHW)
-            reconstruction = reconstruction + self.perceptual * parts["perceptual"]
+            reconstruction = reconstruction + self.perceptual_weight * parts["perceptual"]
         return {**parts, "reconstruction": reconstruction}
 
     def _oppose(self, reconstruction: Tensor, restored_BCHW: Tensor, signal_BCHW: Tensor) -> dict[str, Tensor]:
