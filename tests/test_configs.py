@@ -14,8 +14,8 @@ from PIL import Image
 from multidiff.cli import configuration, main
 from multidiff_bpe import BPETokenizer
 from multidiff_vq import VQTokenizer
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TEMPLATE = ROOT / "multidiff" / "plugins" / "template" / "training.yaml"
 

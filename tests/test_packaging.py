@@ -11,15 +11,14 @@ import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from multidiff.plugins.scaffold import write_package
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = {"melody": ROOT / "tests" / "plugin_example", "labelmap": ROOT / "examples" / "labelmap"}
 TEMPLATE = ROOT / "multidiff" / "plugins" / "template"
 SHIPPED = {

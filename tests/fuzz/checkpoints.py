@@ -11,9 +11,8 @@ import torch
 
 from multidiff.checkpoints.lightning import check_checkpoint
 from multidiff.training.module import MaskedDiffusionModule
-
-from .damage import damage_bytes, damage_place, damage_value
-from .models import check_sentence, load_and_generate
+from tests.fuzz.damage import damage_bytes, damage_place, damage_value
+from tests.fuzz.models import check_sentence, load_and_generate
 
 
 @dataclass

@@ -18,8 +18,7 @@ from multidiff.tokenizer import Audio
 from multidiff_bpe import BPETokenizer
 from multidiff_encodec import EncodecTokenizer
 from multidiff_vq import VQTokenizer
-
-from .damage import damage_folder, damage_json
+from tests.fuzz.damage import damage_folder, damage_json
 
 OVERFLOW = "the transformer's logits hold NaN or Inf"
 

@@ -15,8 +15,7 @@ from PIL import Image
 
 from multidiff.tokenizer import ItemError
 from multidiff_vq import VQTokenizer
-
-from .damage import damage_content
+from tests.fuzz.damage import damage_content
 
 
 @dataclass

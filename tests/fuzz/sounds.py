@@ -11,8 +11,7 @@ import soundfile
 
 from multidiff.tokenizer import ItemError
 from multidiff_sound.sound import read_sound, to_mono
-
-from .damage import damage_content
+from tests.fuzz.damage import damage_content
 
 _KINDS = {
     "u8.wav": ("WAV", "PCM_U8"),

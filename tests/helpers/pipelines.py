@@ -1,0 +1,21 @@
+"""Pipelines around a small random transformer."""
+
+import torch
+
+from multidiff import MaskedDiffusionTransformer, MultiDiffPipeline, SharedVocabulary
+from tests.helpers.toys import generator
+
+
+def make(tokenizers, samplers=None, dtype=torch.float64):
+    vocabulary = SharedVocabulary.of(tokenizers)
+    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=32, num_layers=2, num_heads=2)
+    model.initialize(generator())
+    for weight in model.parameters():
+        weight.data.mul_(3)
+    pipeline = MultiDiffPipeline(model.eval().to(dtype=dtype), vocabulary, tokenizers, samplers)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def items(documents):
+    return [[part.item for part in document] for document in documents]
