@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sampling = {"guidance": options.guidance, "seed": options.seed}
     data = options.data or output / "data"
     subject, names = read_names(data)
-    metrics, samples = measure(pipeline, data, num=options.num, **sampling)
+    metrics, samples = measure(pipeline, data, num=options.num_samples, **sampling)
     training = json.loads((output / "model" / "training.json").read_text(encoding="utf-8"))
     scalars = read_scalars(output / "log")
     metrics["bound_nats_per_token"] = bounds({tag: points[-1][1] for tag, points in scalars.items()})

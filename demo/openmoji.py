@@ -81,17 +81,17 @@ def splits(seed: int = 0) -> dict[str, list[str]]:
 
 
 def prepare(
-    output: Path, *, size: int = 32, moved: int = 12, seed: int = 0, force: bool = False, progress: bool = True
+    output: Path, *, size: int = 32, num_augmentations: int = 12, seed: int = 0, force: bool = False, progress: bool = True
 ) -> Path:
     """Write a data folder of all emoji and their names, unless it is there already.
 
-    Those to train on are drawn `moved` times more, each its own way, every other one with its colour channels in random
+    Those to train on are drawn `num_augmentations` times more, each its own way, every other one with its colour channels in random
     order.
 
     Args:
         output: the folder; one made with other settings is replaced.
         size: pixels a side.
-        moved: moved drawings of each emoji to train on.
+        num_augmentations: moved drawings of each emoji to train on.
         seed: decides what is held out, and moves.
         force: make it anew even if it is there.
         progress: show bars.
@@ -100,9 +100,9 @@ def prepare(
         ValueError: an impossible size or number, or an `output` that holds something else.
         ImportError: the pictures or their names are not installed.
     """
-    if size < 1 or moved < 0:
-        raise ValueError(f"--size must be 1 or more and --num-augmentations 0 or more, got {size} and {moved}")
-    stamp = {"subject": "openmoji", "seed": seed, "size": size, "moved": moved}
+    if size < 1 or num_augmentations < 0:
+        raise ValueError(f"--size must be 1 or more and --num-augmentations 0 or more, got {size} and {num_augmentations}")
+    stamp = {"subject": "openmoji", "seed": seed, "size": size, "moved": num_augmentations}
     if is_current(output, stamp) and not force:
         return output
     characters = catalogue()
@@ -114,7 +114,7 @@ def prepare(
         for split, name in tqdm(places, desc="drawing", disable=not progress):
             label = names.index(name)
             random = np.random.default_rng([seed, 1, label])
-            for copy in range(1 + moved * (split == "train")):
+            for copy in range(1 + num_augmentations * (split == "train")):
                 pixels = draw(characters[name], size, random if copy else None)
                 if copy % 2:
                     pixels = np.ascontiguousarray(pixels[:, :, random.permutation(3)])

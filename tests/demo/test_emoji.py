@@ -67,7 +67,7 @@ def test_made_once_unless_changed(folder, tmp_path):
 
 
 def test_all_of_openmoji_with_a_tenth_held_out(tmp_path):
-    folder = openmoji.prepare(tmp_path / "data", size=8, moved=1, progress=False)
+    folder = openmoji.prepare(tmp_path / "data", size=8, num_augmentations=1, progress=False)
     by_split = {}
     for record in read_metadata(folder):
         values = dict(record.segments)

@@ -166,7 +166,7 @@ def test_scalars_of_a_resumed_run_are_one_curve(logs):
     assert steps == list(range(500))
     assert dict(scalars["train/text"])[50] == pytest.approx(5.5)
     panels = loss_panels(scalars)
-    assert list(panels) == ["train", "validation", "validation, given"]
+    assert list(panels) == ["train", "validation", "validation, conditional"]
     assert panels["validation"]["joint"][-1] == (499, 2.5)
 
 

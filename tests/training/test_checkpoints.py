@@ -250,7 +250,7 @@ def test_lightnings_own_average_is_refused(data, tmp_path):
     made = settings(tmp_path, data)
     made["trainer"]["callbacks"][0]["class_path"] = "lightning.pytorch.callbacks.EMAWeightAveraging"
     made["trainer"]["callbacks"][0]["init_args"] = {"decay": 0.9}
-    with pytest.raises(SystemExit, match=r"Use multidiff\.callbacks\.AveragedWeights"):
+    with pytest.raises(SystemExit, match=r"Use multidiff\.training\.AveragedWeights"):
         fit(tmp_path, made)
     with pytest.raises(ValueError, match=r"decay 1.0 must be in \[0, 1\)"):
         AveragedWeights(decay=1.0)
