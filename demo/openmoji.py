@@ -81,12 +81,18 @@ def splits(seed: int = 0) -> dict[str, list[str]]:
 
 
 def prepare(
-    output: Path, *, size: int = 32, num_augmentations: int = 12, seed: int = 0, force: bool = False, progress: bool = True
+    output: Path,
+    *,
+    size: int = 32,
+    num_augmentations: int = 12,
+    seed: int = 0,
+    force: bool = False,
+    progress: bool = True,
 ) -> Path:
     """Write a data folder of all emoji and their names, unless it is there already.
 
-    Those to train on are drawn `num_augmentations` times more, each its own way, every other one with its colour channels in random
-    order.
+    Those to train on are drawn `num_augmentations` times more, each its own way, every other one with its colour
+    channels in random order.
 
     Args:
         output: the folder; one made with other settings is replaced.
@@ -101,7 +107,9 @@ def prepare(
         ImportError: the pictures or their names are not installed.
     """
     if size < 1 or num_augmentations < 0:
-        raise ValueError(f"--size must be 1 or more and --num-augmentations 0 or more, got {size} and {num_augmentations}")
+        raise ValueError(
+            f"--size must be 1 or more and --num-augmentations 0 or more, got {size} and {num_augmentations}"
+        )
     stamp = {"subject": "openmoji", "seed": seed, "size": size, "moved": num_augmentations}
     if is_current(output, stamp) and not force:
         return output
