@@ -288,6 +288,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def first_line(error: BaseException) -> str:
+    """The message of an error without what follows its first line; the name of its class if there is no message."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a number of JSON")
 

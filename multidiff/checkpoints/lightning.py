@@ -1,6 +1,7 @@
-"""A model out of a Lightning checkpoint, which holds all that it takes: weights, settings, the files of its tokenizers.
+"""A model from a Lightning checkpoint.
 
-Written by `multidiff.training.MaskedDiffusionModule`. Reading needs no Lightning and runs no code from the file.
+`multidiff.training.MaskedDiffusionModule` writes the weights, all settings and the files of the tokenizers into it, so
+one file is enough. Reading it needs no Lightning and runs no code from the file.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ import torch
 from torch import Tensor
 
 from multidiff import files, plugins
-from multidiff.checkpoints.folder import Parts, first_line, load_samplers, load_tokenizer, restore_transformer
+from multidiff.checkpoints.parts import ModelParts, load_samplers, load_tokenizer
+from multidiff.checkpoints.transformer import restore_transformer
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import ModalityTokenizer
 
-KEY = "multidiff"  # of what the module adds to a checkpoint
+KEY = "multidiff"  # the training module's own entry in a checkpoint
 
 
-def load_checkpoint(path: Path) -> Parts:
-    """The parts of a model from a Lightning checkpoint: averaged weights where training averaged them.
+def load_checkpoint(path: Path) -> ModelParts:
+    """The model in a Lightning checkpoint, with averaged weights if training averaged them.
 
     Raises:
-        ValueError: no checkpoint of `multidiff.training.MaskedDiffusionModule`, or a damaged one.
+        ValueError: the file is damaged, or is not a checkpoint of `multidiff.training.MaskedDiffusionModule`.
     """
     files.check_file(path)
     try:
-        # Memory-mapped: optimizer states are not read.
+        # Memory mapping leaves the optimizer states on the disk.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = checkpoint[KEY]
         recipe = [dict(saved[part]) for part in ("vocabulary", "tokenizers", "transformer", "samplers")]
@@ -40,7 +42,7 @@ def load_checkpoint(path: Path) -> Parts:
         weights = dict(checkpoint["state_dict"])
     except Exception as error:
         raise ValueError(
-            f"{path} is damaged, or is not a checkpoint of a multidiff model ({first_line(error)})"
+            f"{path} is damaged, or is not a checkpoint of a multidiff model ({files.first_line(error)})"
         ) from None
     layout, packed, config, settings = recipe
     vocabulary = SharedVocabulary.from_dict(layout, str(path))
@@ -50,17 +52,22 @@ def load_checkpoint(path: Path) -> Parts:
     weights = {str(name)[len(prefix) :]: weight for name, weight in weights.items() if str(name).startswith(prefix)}
     transformer = restore_transformer({**config, "vocabulary_rows": vocabulary.rows}, str(path), weights, str(path))
     files.check_finite(transformer.state_dict(), str(path))
-    # The file is mapped, and what it holds changes with it.
+    # The tensors are still views of the mapped file, and would change with it.
     transformer.load_state_dict(
         {name: weight.clone() for name, weight in transformer.state_dict().items()}, assign=True
     )
     seen = None if documents is None else SeenDocuments.from_dict(documents, str(path))
-    return transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path)), seen
+    return ModelParts(transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path)), seen)
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Raise a `ValueError` unless a training can go on from `path`, as `--ckpt_path` gives it, for all that can be told
-    without reading its tensors. Lightning's own words ("last", "best" …) and addresses pass."""
+    """Check that training can resume from `path`, the value of `--ckpt_path`. No tensor is read.
+
+    Lightning's own words ("last", "best", "hpc", "registry…") and URLs pass.
+
+    Raises:
+        ValueError: the path is missing, or is not a checkpoint.
+    """
     if str(path) in ("last", "best", "hpc") or str(path).startswith("registry") or "://" in str(path):
         return
     path = Path(path)
@@ -69,19 +76,20 @@ def check_checkpoint(path: str | Path) -> None:
     if path.is_dir():
         if (path / "model_index.json").exists():
             raise ValueError(
-                f"{path} is a saved model, which holds no state of a training; give --ckpt_path a .ckpt file"
+                f"{path} is a saved model, which contains no training state. Give --ckpt_path a .ckpt file."
             )
         inside = [file for file in (*path.glob("*.ckpt"), *path.glob("*/*.ckpt")) if file.is_file()]
         inside.sort(key=lambda file: file.stat().st_mtime)
-        hint = f"a file, for instance {inside[-1]}" if inside else "a .ckpt file; there is none in it"
-        raise ValueError(f"{path} is a folder; give --ckpt_path {hint}")
+        if inside:
+            raise ValueError(f"{path} is a folder. Give --ckpt_path a file, for instance {inside[-1]}.")
+        raise ValueError(f"{path} is a folder without .ckpt files. Give --ckpt_path a .ckpt file.")
     files.check_file(path)
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated, damaged or no checkpoint; give --ckpt_path an earlier one")
+        raise ValueError(f"{path} is truncated, damaged, or not a checkpoint. Give --ckpt_path an earlier checkpoint.")
 
 
 def pack(tokenizers: Mapping[str, ModalityTokenizer]) -> dict[str, dict[str, Tensor]]:
-    """The saved files of tokenizers, for a checkpoint that needs no other file: uint8 tensors by tokenizer and path."""
+    """The saved files of tokenizers as uint8 tensors, by tokenizer name and relative path."""
     packed: dict[str, dict[str, Tensor]] = {}
     for name, tokenizer in tokenizers.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -95,11 +103,16 @@ def pack(tokenizers: Mapping[str, ModalityTokenizer]) -> dict[str, dict[str, Ten
 
 
 def unpack(packed: Mapping[str, Any], vocabulary: SharedVocabulary, where: str) -> dict[str, ModalityTokenizer]:
-    """The tokenizers that `pack` took; `ValueError` naming `where` if they are damaged."""
+    """The tokenizers that `pack` packed.
+
+    Raises:
+        ValueError: they are damaged; the message names `where`.
+        ImportError: a plugin needs a package that is missing.
+    """
     tokenizers = {}
     for name, layout in vocabulary.tokenizers.items():
         if layout.plugin is None or name not in packed:
-            raise ValueError(f"{where} does not hold tokenizer {name!r}")
+            raise ValueError(f"{where} does not contain tokenizer {name!r}")
         try:
             tokenizer_class = plugins.load(layout.plugin)
             with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +121,7 @@ def unpack(packed: Mapping[str, Any], vocabulary: SharedVocabulary, where: str) 
         except ImportError:
             raise
         except Exception as error:
-            raise ValueError(f"{where}: its tokenizer {name!r} cannot be read ({first_line(error)})") from error
+            raise ValueError(f"{where}: tokenizer {name!r} cannot be read ({files.first_line(error)})") from error
     return tokenizers
 
 
@@ -116,6 +129,6 @@ def _write(packed: Mapping[str, Tensor], folder: Path) -> None:
     for relative, content in packed.items():
         file = (folder / relative).resolve()
         if not file.is_relative_to(folder):
-            raise ValueError(f"{relative!r} lies outside of its folder")
+            raise ValueError(f"{relative!r} is outside of its folder")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.numpy().tobytes())

@@ -20,16 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import Repr
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from multidiff.checkpoints import folder as saving
-from multidiff.checkpoints import hub
-from multidiff.checkpoints.lightning import load_checkpoint, unpack
+from multidiff import checkpoints, files
+from multidiff.checkpoints import ModelParts
 from multidiff.generation.decoding import Decision, Decoder, make_runs
 from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff.samplers import MaskSampler
@@ -40,9 +39,6 @@ from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.sequencer import Segment, Sequencer, TokenBatch
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 from multidiff.tokenizer import Codes, ModalityTokenizer
-
-if TYPE_CHECKING:
-    from multidiff.training.module import MaskedDiffusionModule
 
 _SHORT = Repr()
 _SHORT.maxother = _SHORT.maxstring = 60
@@ -136,6 +132,19 @@ class MultiDiffOutput(BaseOutput):
     divergence: float | None = None
 
 
+class TrainedModule(Protocol):
+    """What `MultiDiffPipeline.from_module` reads from a training module."""
+
+    transformer: MaskedDiffusionTransformer
+    vocabulary: SharedVocabulary
+    samplers: dict[str, MaskSampler]
+    seen: SeenDocuments | None
+    recipe: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 class MultiDiffPipeline(DiffusionPipeline):
     """Fills in documents.
 
@@ -169,12 +178,11 @@ class MultiDiffPipeline(DiffusionPipeline):
         self._samplers = Samplers(vocabulary, samplers or {})
         self.seen = seen
         self.source: Path | None = None  # the folder or file that it was read from
+        self._card_folder: Path | None = None  # where somebody may have edited its card
         self.sequencer = Sequencer(tokenizers, vocabulary)
 
     @classmethod
-    def from_module(
-        cls, module: MaskedDiffusionModule, tokenizers: Mapping[str, ModalityTokenizer] | None = None
-    ) -> Self:
+    def from_module(cls, module: TrainedModule, tokenizers: Mapping[str, ModalityTokenizer] | None = None) -> Self:
         """A pipeline around the transformer of a training module: further training changes it as well.
 
         Args:
@@ -182,10 +190,16 @@ class MultiDiffPipeline(DiffusionPipeline):
             tokenizers: live tokenizers by name; None makes a copy of those that the module was built with.
         """
         if tokenizers is None:
-            tokenizers = unpack(module.recipe["tokenizers"], module.vocabulary, type(module).__name__)
+            packed = module.recipe["tokenizers"]
+            tokenizers = checkpoints.unpack(packed, module.vocabulary, type(module).__name__)
             for tokenizer in tokenizers.values():
                 tokenizer.to(module.device)
         return cls(module.transformer, module.vocabulary, tokenizers, module.samplers, module.seen)
+
+    @property
+    def parts(self) -> ModelParts:
+        """What a saved model consists of."""
+        return ModelParts(self.transformer, self.vocabulary, self.tokenizers, self.samplers, self.seen)
 
     @property
     def samplers(self) -> Samplers:
@@ -411,6 +425,8 @@ class MultiDiffPipeline(DiffusionPipeline):
         """Write the model as one folder: `model_index.json`, `transformer/`, `vocabulary.json`, `tokenizers/<name>/`,
         `samplers.json` and a card. It appears whole or not at all. `push_to_hub(repo_id)` uploads such a folder.
 
+        A card (`README.md`) that you edited in that folder, or in the folder that the model came from, is kept.
+
         Args:
             save_directory: the folder; an earlier model there is replaced.
             max_shard_size: of the transformer's safetensors files.
@@ -418,12 +434,35 @@ class MultiDiffPipeline(DiffusionPipeline):
         """
         if not safe_serialization or variant is not None:
             raise ValueError("multidiff writes plain safetensors only: leave safe_serialization and variant alone")
-        saving.save(self, Path(save_directory), max_shard_size)
+        checkpoints.save(self.parts, Path(save_directory), max_shard_size, self._card_folder)
+        self._card_folder = Path(save_directory)
 
-    def _upload_folder(self, working_dir: Any, repo_id: str, *arguments: Any, **options: Any) -> Any:
-        # diffusers' push_to_hub puts an empty card over ours.
-        saving.write_card(self, Path(working_dir))
-        return super()._upload_folder(working_dir, repo_id, *arguments, **options)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the model to the Hugging Face hub, and return the URL of the commit.
+
+        If you edited the card (`README.md`) in the folder that the model was last loaded from or saved to, that card
+        is uploaded. Otherwise a generated card is.
+
+        Args:
+            repo_id: the repository, "user/model". It is created if it does not exist.
+            commit_message, private, token, create_pr: as in diffusers.
+        """
+        return checkpoints.push(
+            self.parts,
+            repo_id,
+            card_folder=self._card_folder,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+        )
 
     @classmethod
     def from_pretrained(
@@ -471,13 +510,12 @@ class MultiDiffPipeline(DiffusionPipeline):
                 f"torch_dtype {torch_dtype} and dtype {dtype} are two names of one thing: give dtype alone"
             )
         dtype = dtype or torch_dtype
-        if dtype is not None and dtype not in saving.FLOATS:
-            raise ValueError(f"dtype {dtype!r} must be {', '.join(map(str, saving.FLOATS))}")
+        if dtype is not None and dtype not in checkpoints.FLOATS:
+            raise ValueError(f"dtype {dtype!r} must be {', '.join(map(str, checkpoints.FLOATS))}")
         path = Path(pretrained_model_name_or_path)
-        if hub.is_repository(pretrained_model_name_or_path):
-            path = hub.fetch(
+        if checkpoints.is_repository(pretrained_model_name_or_path):
+            path = checkpoints.fetch(
                 str(pretrained_model_name_or_path),
-                saving.PATTERNS,
                 cache_dir=cache_dir,
                 revision=revision,
                 token=token,
@@ -485,14 +523,15 @@ class MultiDiffPipeline(DiffusionPipeline):
                 force_download=force_download,
             )
         is_file = os.path.exists(path) and not os.path.isdir(path)  # of any kind; unlike pathlib's these never raise
-        parts = load_checkpoint(path) if is_file else saving.load_folder(path)
-        nn.Module.to(parts[0], dtype=dtype)  # diffusers' own `to` warns of modules that it keeps in float32: none
-        pipeline = cls(*parts)
+        parts = checkpoints.load_checkpoint(path) if is_file else checkpoints.load_folder(path)
+        nn.Module.to(parts.transformer, dtype=dtype)  # diffusers' own `to` warns of modules kept in float32: none
+        pipeline = cls(parts.transformer, parts.vocabulary, parts.tokenizers, parts.samplers, parts.seen)
         pipeline.source = path
+        pipeline._card_folder = None if is_file else path
         try:
             return pipeline.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device} cannot be used ({saving.first_line(error)})") from error
+            raise ValueError(f"device {device} cannot be used ({files.first_line(error)})") from error
 
 
 def _check_nesting(documents: Any) -> None:

@@ -13,8 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from multidiff import plugins
-from multidiff.checkpoints import folder as saving
-from multidiff.checkpoints.lightning import KEY, pack
+from multidiff.checkpoints import KEY, build_transformer, load_samplers, pack
 from multidiff.data import DocumentDataModule
 from multidiff.objectives.diffusion import (
     ABSENT,
@@ -72,13 +71,13 @@ class MaskedDiffusionModule(LightningModule):
         built = plugins.build(tokenizers)
         self.vocabulary = SharedVocabulary.of(built)
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
-        self.transformer = saving.build_transformer(config, "model.transformer")
+        self.transformer = build_transformer(config, "model.transformer")
         self.transformer.initialize(generator_for(seed))
         # Defaults as well: a later version's may differ. Plain values: a checkpoint must load with weights_only=True.
         settings = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         del settings["vocabulary_rows"]
         self.recipe = {"tokenizers": pack(built), "transformer": settings, "samplers": samplers or {}}
-        self.samplers = saving.load_samplers(samplers or {}, self.vocabulary, "model.samplers")
+        self.samplers = load_samplers(samplers or {}, self.vocabulary, "model.samplers")
         self.tasks = [Task.of(task) for task in tasks or [{"roles": {"others": "target"}}]]
         for name in ({name for task in self.tasks for name in task.roles} - {"others"}) | objective.loss_weights.keys():
             self.vocabulary.layout(name)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import threading
 from inspect import signature
 from random import Random
@@ -22,8 +23,8 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary
-from multidiff.checkpoints import folder as saving
-from multidiff.checkpoints.lightning import check_checkpoint
+from multidiff.checkpoints import check_checkpoint, load_folder, save
+from multidiff.checkpoints import transformer as restoring
 from multidiff.training.module import MaskedDiffusionModule
 from multidiff_bpe import BPETokenizer
 from tests.fuzz import checkpoints, models
@@ -60,9 +61,10 @@ def test_a_model_that_is_replaced_is_never_missing_or_mixed(tmp_path):
 
     def read():
         while not stop.is_set():
-            transformer, _, _, samplers, _ = saving.load_folder(place)
-            numbers = {float(number) for weight in transformer.state_dict().values() for number in weight.unique()}
-            loaded.append(numbers | {float(samplers["text"].config["top_k"])})
+            parts = load_folder(place)
+            weights = parts.transformer.state_dict().values()
+            numbers = {float(number) for weight in weights for number in weight.unique()}
+            loaded.append(numbers | {float(parts.samplers["text"].config["top_k"])})
 
     def guarded():
         try:
@@ -73,7 +75,7 @@ def test_a_model_that_is_replaced_is_never_missing_or_mixed(tmp_path):
     reader = threading.Thread(target=guarded)
     reader.start()
     for number in range(20):
-        saving.save(pipes[number % 2], place, "10GB")
+        save(pipes[number % 2].parts, place)
     while not loaded:  # whoever replaces faster than another reads makes it read again
         pass
     stop.set()
@@ -124,7 +126,7 @@ def test_a_sampler_that_would_come_back_as_another_is_not_saved(tmp_path):
         pipe.samplers["text"] = sampler
         with pytest.raises(
             ValueError,
-            match=rf"sampler of 'text' is .* {kind}, .* set pipe.samplers\['text'\] = MaskSampler\(\) before",
+            match=rf"sampler of 'text' has the class {kind}, .* Set pipe.samplers\['text'\] = MaskSampler\(\) before",
         ):
             pipe.save_pretrained(tmp_path / "model")
     pipe.samplers["text"] = MaskSampler()
@@ -136,12 +138,12 @@ HUGE = {
     "config.json: hidden_size is 1000000000, but the weights have 32": {"hidden_size": 10**9, "num_heads": 1},
     f"config.json: hidden_size is {10**30}, but the weights have 32": {"hidden_size": 10**30},
     "hidden_size is 64, but the weights have 32": {"hidden_size": 64},
-    "vocabulary_rows 1000000000 is not 576": {"vocabulary_rows": 10**9},
-    "hidden_size '32' must be a whole number": {"hidden_size": "32"},
-    "num_layers True must be": {"num_layers": True},
-    "rope_theta .* must be a number from 1": {"rope_theta": 0},
-    "norm_epsilon None must be": {"norm_epsilon": None},
-    "qk_norm 1 must be true or false": {"qk_norm": 1},
+    "vocabulary_rows is 1000000000, but the vocabulary has 576 rows": {"vocabulary_rows": 10**9},
+    "hidden_size must be a whole number above 0, got '32'": {"hidden_size": "32"},
+    "num_layers must be a whole number above 0, got True": {"num_layers": True},
+    "rope_theta must be a number from 1 to 1e30, got 0": {"rope_theta": 0},
+    "norm_epsilon must be a number from 0 to 1, got None": {"norm_epsilon": None},
+    "qk_norm must be true or false, got 1": {"qk_norm": 1},
 }
 
 
@@ -153,14 +155,14 @@ def test_sizes_and_types_are_checked_before_anything_is_allocated(folder, messag
 
 
 def test_every_setting_of_the_transformer_has_a_kind():
-    assert saving._KINDS.keys() == set(signature(MaskedDiffusionTransformer.__init__).parameters) - {"self"}
+    assert restoring.KINDS.keys() == set(signature(MaskedDiffusionTransformer.__init__).parameters) - {"self"}
 
 
 def test_a_size_that_no_tensor_bounds_is_refused_before_anything_is_allocated(folder, monkeypatch):
     (path,) = (folder / "transformer").glob("*.safetensors")
     save_file({name: weight for name, weight in load_file(path).items() if name != "embed.weight"}, path)
     edit(folder / "transformer" / "config.json", hidden_size=10**9, num_heads=1)
-    monkeypatch.setattr(saving, "build_transformer", None)
+    monkeypatch.setattr(restoring, "build_transformer", None)
     with pytest.raises(ValueError, match=r"\.safetensors lacks the matrix embed.weight"):
         MultiDiffPipeline.from_pretrained(folder)
 
@@ -174,6 +176,53 @@ def test_the_code_of_the_card_generates(names, tmp_path, capsys):
     assert ("Given" in code) == ("seven" in capsys.readouterr().out) == (len(names) == 2)
 
 
+def upload_to(folder, monkeypatch):
+    """A hub whose repositories are folders in `folder`."""
+
+    def upload(repo_id, folder_path, **options):
+        shutil.copytree(folder_path, folder / repo_id)
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **options: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+
+
+EDITED = b"---\nlicense: mit\n---\nMine, in Latin-1: \xe9"
+
+
+@pytest.mark.parametrize("when", ["after saving", "before loading", "after loading", "downloaded"])
+def test_a_card_that_was_edited_in_the_folder_is_pushed(folder, tmp_path, monkeypatch, when):
+    upload_to(tmp_path, monkeypatch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(folder))
+    pipe = make()
+    pipe.save_pretrained(folder)
+    if when == "after loading":
+        pipe = MultiDiffPipeline.from_pretrained(folder)
+    (folder / "README.md").write_bytes(EDITED)
+    if when in ("before loading", "downloaded"):
+        pipe = MultiDiffPipeline.from_pretrained("me/there" if when == "downloaded" else folder)
+    assert pipe.push_to_hub("me/it").startswith("https://huggingface.co/me/it/")
+    assert (tmp_path / "me/it/README.md").read_bytes() == EDITED
+    MultiDiffPipeline.from_pretrained(tmp_path / "me/it")
+
+
+def test_an_edited_card_survives_every_save_and_a_generated_one_follows_the_model(folder, tmp_path):
+    generated = (folder / "README.md").read_text()
+    make(names=("text",)).save_pretrained(folder)
+    assert (folder / "README.md").read_text() != generated
+    (folder / "README.md").write_bytes(EDITED)
+    for _ in range(2):
+        make().save_pretrained(folder)
+        assert (folder / "README.md").read_bytes() == EDITED
+    pipe = MultiDiffPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "copy")
+    pipe.save_pretrained(tmp_path / "copy of the copy")
+    assert (tmp_path / "copy of the copy" / "README.md").read_bytes() == EDITED
+    (folder / "README.md").unlink()
+    MultiDiffPipeline.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == generated
+
+
 SETTINGS = {
     "temperature nan must be a number|NaN is not a number": {"temperature": math.nan},
     "temperature 1e-320 must be 0, which is greedy": {"temperature": 1e-320},
@@ -181,7 +230,7 @@ SETTINGS = {
     "no tokenizer is called 'smell'": {"guidance_scale": {"smell": 2}},
     "num_inference_steps 1000000000 must be": {"num_inference_steps": 10**9},
     "no code is called 900": {"suppress_tokens": [900]},
-    "forced .* must be a table": {"forced_tokens": {"-1": 3}},
+    "forced_tokens .* must be a table": {"forced_tokens": {"-1": 3}},
     "canvas of text of size .*": {"canvas": {"frames": 3}},
     "has no room": {"canvas": {"tokens": 0}},
     "guidance_schedule .* must be constant": {"guidance_schedule": ["a", "b"]},
@@ -339,9 +388,9 @@ def test_what_cannot_resume_a_training_is_said(folder, tmp_path):
     (tmp_path / "torn.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-30])
     os.mkfifo(tmp_path / "pipe")
     for place, message in (
-        (folder, "is a saved model, which holds no state of a training"),
-        (tmp_path, r"is a folder; give --ckpt_path a file, for instance .*/(a|torn)\.ckpt"),
-        (tmp_path / "empty", "there is none in it"),
+        (folder, "is a saved model, which contains no training state"),
+        (tmp_path, r"is a folder\. Give --ckpt_path a file, for instance .*/(a|torn)\.ckpt"),
+        (tmp_path / "empty", r"is a folder without \.ckpt files"),
         (tmp_path / "absent.ckpt", "absent.ckpt is missing"),
         (tmp_path / "torn.ckpt", "torn.ckpt is truncated"),
         (tmp_path / "pipe", "is a pipe"),

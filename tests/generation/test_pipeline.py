@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -247,16 +246,11 @@ def test_save_and_load(saved, tmp_path):
 
 
 def test_push_to_hub_uploads_such_a_folder(saved, monkeypatch, tmp_path):
-    class Card:
-        def save(self, path):
-            Path(path).write_text("blank")
-
     pipeline, folder = saved
-    hub = "diffusers.utils.hub_utils"
-    monkeypatch.setattr(f"{hub}.create_repo", lambda *a, **k: type("Repo", (), {"repo_id": "me/it"}))
-    monkeypatch.setattr(f"{hub}.load_or_create_model_card", lambda *a, **k: Card())
-    monkeypatch.setattr(f"{hub}.populate_model_card", lambda card: card)
-    monkeypatch.setattr(f"{hub}.upload_folder", lambda folder_path, **k: shutil.copytree(folder_path, tmp_path / "it"))
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda *a, **k: type("Repo", (), {"repo_id": "me/it"}))
+    monkeypatch.setattr(
+        "huggingface_hub.upload_folder", lambda folder_path, **k: shutil.copytree(folder_path, tmp_path / "it")
+    )
     pipeline.push_to_hub("me/it")
     assert {path.name for path in (tmp_path / "it").iterdir()} == {path.name for path in folder.iterdir()}
     assert (tmp_path / "it" / "README.md").read_text() == (folder / "README.md").read_text()
@@ -287,10 +281,12 @@ DAMAGE = {
     "config.json is missing": lambda f: (f / "transformer" / "config.json").unlink(),
     "config.json lacks rope_theta": lambda f: drop(f / "transformer" / "config.json", "rope_theta"),
     "unknown transformer setting 'wings'": lambda f: edit(f / "transformer" / "config.json", wings=2),
-    "class 'UNet' is not": lambda f: edit(f / "transformer" / "config.json", _class_name="UNet"),
-    "has shape .* but its configuration says": lambda f: edit(f / "transformer" / "config.json", intermediate_size=64),
-    "holds 11 unknown tensors": lambda f: edit(f / "transformer" / "config.json", num_layers=1),
-    "holds no .safetensors file": lambda f: next((f / "transformer").glob("*.safetensors")).unlink(),
+    "_class_name must be .*, got 'UNet'": lambda f: edit(f / "transformer" / "config.json", _class_name="UNet"),
+    "has shape .* but its configuration requires": lambda f: edit(
+        f / "transformer" / "config.json", intermediate_size=64
+    ),
+    "contains 11 unknown tensors": lambda f: edit(f / "transformer" / "config.json", num_layers=1),
+    "contains no .safetensors file": lambda f: next((f / "transformer").glob("*.safetensors")).unlink(),
 }
 
 
