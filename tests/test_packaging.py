@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidiff.plugins.scaffold import write_package
 from tests.helpers.paths import ROOT
 
 EXAMPLES = {"melody": ROOT / "tests" / "plugin_example", "labelmap": ROOT / "examples" / "labelmap"}
@@ -195,7 +194,7 @@ def normal(requirement):
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("multidiff", []),
+        ("multidiff", ["evaluate"]),
         ("multidiff/plugins/template", ["dev"]),
         ("tokenizers", ["quantizers"]),
         ("examples", ["dev"]),
@@ -211,7 +210,7 @@ def test_nothing_is_imported_that_is_not_declared(folder, extras):
     allowed = {normal(requirement) for requirement in declared}
     providers = packages_distributions()
     plugins = {"multidiff_melody", "multidiff_labelmap", "multidiff_series"}
-    own = {"demo", "scripts", "fuzz", *plugins, *SHIPPED} | {file.stem for file in (ROOT / "tests").glob("*.py")}
+    own = {"demo", "scripts", "tests", *plugins, *SHIPPED}
     undeclared = {
         f"{file.relative_to(ROOT)}: {name}"
         for file, name in imports(ROOT / folder)
@@ -324,16 +323,3 @@ def test_the_template_trains_as_it_stands(environment, tmp_path):
     run(environment / "multidiff", "fit", "--config", made / "training.yaml", *short, cwd=tmp_path)
     model = tmp_path / "runs" / "tide_gauge" / "model"
     assert (model / "tokenizers" / "tide_gauge" / "tide_gauge.json").is_file()
-
-
-@pytest.mark.parametrize("name", ["Tide", "9lives", "a-b", "class", "text", "bpe", ""])
-def test_a_name_that_cannot_be_is_refused(name, tmp_path):
-    with pytest.raises(ValueError, match=repr(name)):
-        write_package(name, tmp_path / "made")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_exists_is_left_alone(tmp_path):
-    with pytest.raises(ValueError, match="exists; name another folder"):
-        write_package("tide", tmp_path)
-    assert not list(tmp_path.iterdir())
