@@ -92,7 +92,7 @@ def test_a_judge_says_what_is_kept(main, monkeypatch, capsys, tmp_path):
     assert found["class found in originals"] == 1
     assert 0 <= found["class found after the tokenizer"] <= 1
     assert found["the latter, share of the former"] == found["class found after the tokenizer"]
-    with pytest.raises(SystemExit, match="--judge image: only pictures and sounds can be judged"):
+    with pytest.raises(SystemExit, match="--judge image: only pictures and sounds have a classifier"):
         evaluate(main, monkeypatch, capsys, tmp_path, "text", {"plugin": "bpe"}, "--judge", "image")
 
 
@@ -106,5 +106,5 @@ def test_texts(main, monkeypatch, capsys, folder):
 
 
 def test_what_is_not_there_is_named(main, monkeypatch, capsys, folder):
-    with pytest.raises(SystemExit, match=r"no document of split test has a segment 'sound'"):
+    with pytest.raises(SystemExit, match=r"no document in split 'test' has a segment 'sound'"):
         evaluate(main, monkeypatch, capsys, folder, "sound", {"plugin": "bpe"})
