@@ -221,14 +221,6 @@ def test_nothing_is_imported_that_is_not_declared(folder, extras):
     assert not undeclared
 
 
-def test_the_framework_imports_no_tokenizer_and_no_demo():
-    above = {"demo", "scripts", "tests", *SHIPPED} - {"multidiff"}
-    assert not {f"{file.relative_to(ROOT)}: {name}" for file, name in imports(ROOT / "multidiff") if name in above}
-    assert not {
-        f"{file}: {name}" for file, name in imports(ROOT / "tokenizers") if name in ("demo", "scripts", "tests")
-    }
-
-
 def test_only_the_encodec_plugin_needs_the_package_that_is_not_free_for_commerce():
     for name in ("multidiff_autoencoder", "multidiff_codec", "multidiff_sound"):
         used = {imported for _, imported in imports(ROOT / "tokenizers" / name)}
