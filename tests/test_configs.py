@@ -85,7 +85,7 @@ def test_is_interrupted_and_goes_on(path, data, series, tmp_path, monkeypatch, c
         BPETokenizer.train(["number 1 2 3 4"] * 3, 270).save(tmp_path)
         arguments += ["--model.init_args.tokenizers.text", json.dumps({"plugin": "bpe", "folder": str(tmp_path)})]
     with pytest.raises(SystemExit):
-        main([*arguments, "--trainer.callbacks+", "test_configs.CtrlC"])
+        main([*arguments, "--trainer.callbacks+", f"{__name__}.CtrlC"])
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 1
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -136,13 +136,13 @@ BAD = {
     "list": (laughs("list"), "more than 8,000 values"),
     "merge": (laughs("merge"), "more than 8,000 values"),
     "text": (f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 20)}]", "more than 8,000 values"),
-    "cycle": ("model: {x: &x [*x]}", r"an alias \*x within what it stands for"),
-    "deep": ("model: " + 100_000 * "[", "nested more than 100 deep"),
+    "cycle": ("model: {x: &x [*x]}", r"an alias \*x inside its own anchor"),
+    "deep": ("model: " + 100_000 * "[", "nested more than 100 levels deep"),
     "broken": ("trainer:\n  max_steps: [1", "not YAML: did not find expected .* at line 3"),
     "control": ("a: \x01", "not YAML: .*(special|control) characters"),
     "binary": (b"\x00\xff", "not UTF-8 text"),
-    "words": ("all words", "no configuration: expected a mapping"),
-    "empty": ("", "no configuration: expected a mapping"),
+    "words": ("all words", "must contain a mapping"),
+    "empty": ("", "must contain a mapping"),
 }
 
 
@@ -162,7 +162,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
         main(["fit", "--config", str(tmp_path / "pipe")])
     with pytest.raises(SystemExit, match="is a folder"):
         main(["fit", "--config", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"--config digit: there is no such file.* digits, emoji, tokenizers/"):
+    with pytest.raises(SystemExit, match=r"--config digit: There is no such file.* digits, emoji, tokenizers/"):
         main(["fit", "--config", "digit"])
 
 
@@ -173,7 +173,7 @@ def test_a_file_within_a_configuration_is_bounded_too(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["fit", *arguments])
         assert stopped.value.code == 2
-        assert "model: a configuration has aliases that stand for more than 8,000 values" in capsys.readouterr().err
+        assert "model: a YAML text has aliases that expand to more than 8,000 values" in capsys.readouterr().err
 
 
 def test_a_shipped_configuration_is_said_to_be_one(tmp_path, monkeypatch, capsys):
@@ -193,14 +193,14 @@ def test_a_shipped_configuration_is_said_to_be_one(tmp_path, monkeypatch, capsys
     [
         ("model:", "model must be a mapping with class_path"),
         ("data: [1]", "data must be a mapping with class_path"),
-        ("model: {class_path: Masked}", "model.class_path: no class is called 'Masked'"),
-        ("model: {class_path: nowhere.Masked}", "model.class_path: no class is called 'nowhere.Masked' .*nowhere"),
+        ("model: {class_path: Masked}", "model.class_path: there is no class 'Masked'"),
+        ("model: {class_path: nowhere.Masked}", "model.class_path: there is no class 'nowhere.Masked' .*nowhere"),
         (
             "model: {class_path: multidiff.training.Masked}",
-            "model.class_path: no class is called 'multidiff.training.Masked'",
+            "model.class_path: there is no class 'multidiff.training.Masked'",
         ),
         ("model: {class_path: json.dumps}", "model.class_path: json.dumps is not a class"),
-        ("model: {class_path: 3}", "model.class_path: no class is called 3"),
+        ("model: {class_path: 3}", "model.class_path: there is no class 3"),
     ],
 )
 def test_help_on_a_bad_configuration_is_a_sentence(content, message, tmp_path):
@@ -215,5 +215,5 @@ def test_aliases_and_many_values_are_fine(tmp_path):
     (tmp_path / "a.yaml").write_text(f"a: &a [{many}]\nb: &b {{c: 1}}\nd: {{<<: *b, e: *b}}\n")
     assert configuration.read(tmp_path / "a.yaml").startswith("a: &a [0, 1")
     (tmp_path / "a.yaml").write_text(f"a: &a [{many}]\nb: *a\n")
-    with pytest.raises(ValueError, match=r"a.yaml has aliases that stand for more than 8,000 values. Use fewer"):
+    with pytest.raises(ValueError, match=r"a.yaml has aliases that expand to more than 8,000 values. Use fewer"):
         configuration.read(tmp_path / "a.yaml")

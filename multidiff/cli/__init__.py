@@ -1,9 +1,9 @@
-"""The `multidiff` command. Looks at its first word before it imports anything heavy.
+"""The `multidiff` command. It looks at the first argument before it imports anything heavy.
 
-multidiff fit|validate|test --config digits                          Lightning's CLI: train and evaluate
-multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blanks of a document
-multidiff plugins                                                    tokenizer plugins installed here
-multidiff new-tokenizer melody                                       a package for one of your own
+multidiff fit|validate|test --config digits                          train and evaluate with Lightning
+multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blank segments of a document
+multidiff plugins                                                    list the installed tokenizer plugins
+multidiff new-tokenizer melody                                       create a package for a new plugin
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ import sys
 from collections.abc import Sequence
 
 from multidiff import __version__
-from multidiff.cli.errors import reported
+from multidiff.cli.errors import UserError, reported
 
-_TRAINING = {
-    "fit": "train a model or a tokenizer (Lightning CLI)",
-    "validate": "loss on the validation split, in nats per token",
-    "test": "loss on the test split, in nats per token",
-}
-_HELP = f"""usage: multidiff [--version] COMMAND ...
+_TRAINING = ("fit", "validate", "test")
+_HELP = """usage: multidiff [--help] [--version] COMMAND ...
 
-One masked diffusion transformer for text, images, audio and whatever a plugin brings.
+One masked diffusion transformer for text, images, audio, and every modality that a plugin adds.
 
-training commands, all with --config FILE (or the name of a shipped one: digits) and --print_config:
-  fit        {_TRAINING["fit"]}
-  validate   {_TRAINING["validate"]}
-  test       {_TRAINING["test"]}
+Training, with --config FILE or --config NAME for a shipped configuration such as digits:
+  fit            Train a model or a tokenizer.
+  validate       Compute the metrics on the validation split.
+  test           Compute the metrics on the test split.
 
-generating:
-  generate   fill in the blanks of a document; presets: generate caption | image | audio
+Generation:
+  generate       Fill in the blank segments of a document.
+                 Presets: generate caption, generate image, generate audio.
 
-tokenizers:
-  plugins        list what is installed here, and whether it works
-  new-tokenizer  write a small complete package for one of your own
+Tokenizers:
+  plugins        List the installed tokenizer plugins, and check each.
+  new-tokenizer  Create a package for a new tokenizer plugin.
 
-`multidiff COMMAND --help` explains every option of a command."""
+Run `multidiff COMMAND --help` for the options of a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `multidiff` command; `arguments` default to those of the process.
+    """Entry point of the `multidiff` command.
 
-    Exits with 2 where the command line is wrong, 1 where the work fails, 130 after Ctrl-C.
+    Exits with status 2 if the command line is wrong, 1 if the work fails, and 130 after Ctrl-C.
+
+    Args:
+        arguments: the command line without the program's name; None takes that of the process.
     """
     with reported():
         _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -60,7 +60,7 @@ def _run(arguments: list[str]) -> None:
     elif command == "plugins":
         from multidiff.cli.plugins import main as plugins
 
-        plugins()
+        plugins(arguments[1:])
     elif command == "new-tokenizer":
         from multidiff.cli.new_tokenizer import main as new_tokenizer
 
@@ -70,6 +70,5 @@ def _run(arguments: list[str]) -> None:
 
         train(arguments)
     else:
-        known = [*_TRAINING, "generate", "plugins", "new-tokenizer"]
-        print(f"multidiff: no command {command!r}; known: {', '.join(known)}", file=sys.stderr)
-        sys.exit(2)
+        known = ", ".join([*_TRAINING, "generate", "plugins", "new-tokenizer"])
+        raise UserError(f"There is no command {command!r}. The commands are {known}.", status=2)

@@ -1,4 +1,8 @@
-"""How the `multidiff` command ends: with a sentence where we or a plugin say what is wrong, else with a traceback."""
+"""How the `multidiff` command ends when something is wrong. Only this module prints errors and exits.
+
+It prints a sentence if multidiff, a plugin, Lightning or the operating system says what is wrong. Any other error is a
+bug, and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +13,54 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 
+class UserError(Exception):
+    """A mistake that a command found itself.
+
+    Args:
+        message: a sentence that says what is wrong and what to do.
+        status: the exit status: 2 if the command line is wrong, 1 if the work fails.
+    """
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
 @contextmanager
 def reported() -> Iterator[None]:
-    """Errors inside end the process: with 1 where the work fails, with 130 after Ctrl-C."""
+    """Turn errors inside the block into a message and an exit status.
+
+    The status is 2 if the command line is wrong, 1 if the work fails, and 130 after Ctrl-C.
+    """
     try:
         yield
+    except UserError as error:
+        say(str(error))
+        sys.exit(error.status)
     except (ValueError, ImportError, OSError) as error:
-        report(error)
+        _report(error)
     except KeyboardInterrupt:
-        print("multidiff: interrupted", file=sys.stderr)
+        say("interrupted")
         sys.exit(130)
 
 
-def report(error: BaseException) -> NoReturn:
-    """End with a sentence where multidiff, an installed plugin or Lightning says what is wrong, for every `ItemError`,
-    and where the system refuses: a full disk, a folder that is not writable. With the traceback elsewhere.
+def say(message: str) -> None:
+    """Print a line of multidiff's own to standard error."""
+    print(f"multidiff: {message}", file=sys.stderr)
 
-    What a constructor says reaches the command line wrapped in the argument parser's own errors.
+
+def _report(error: BaseException) -> NoReturn:
+    """Exit with a sentence, or raise the error again if it is a bug.
+
+    An `ItemError`, an error that multidiff, an installed plugin or Lightning raised, and a refusal of the operating
+    system are sentences. The argument parser wraps the errors of constructors in its own, so the causes count as well.
     """
     if isinstance(error, OSError):
         try:
             sys.stdout.flush()
-        except OSError:  # a full disk or a closed pipe: what is left would raise again when the process ends
+        except OSError:  # a full disk or a closed pipe; the rest of the output would raise again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):  # whoever read our output has left
+    if isinstance(error, BrokenPipeError):  # the reader of our output has ended
         sys.exit(1)
     if isinstance(error, OSError) and error.strerror:
         sys.exit(f"multidiff: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")

@@ -1,7 +1,7 @@
-"""`multidiff generate`: fill in the blanks of a document from the command line.
+"""`multidiff generate`: fill in the blank segments of a document from the command line.
 
-One implementation for any tokenizers; `generate caption`, `generate image` and `generate audio` are presets of it.
-Parses before it imports anything heavy, and never imports the training stack.
+`generate caption`, `generate image` and `generate audio` are presets. The command parses its arguments before it
+imports anything heavy, and it never imports the training stack.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multidiff.cli.errors import reported
+from multidiff.cli.errors import UserError, reported, say
 
 if TYPE_CHECKING:
     from multidiff.generation.pipeline import Blank, Filled, Given, MultiDiffPipeline
 
 _BATCH = 64
+_DESCRIPTION = "Fill in the blank segments of a document. Texts are printed, other items are written to files."
 _EPILOG = """examples:
   multidiff generate --model runs/demo/model --given text="seven" --fill image
   multidiff generate --model runs/demo/model --given speech=seven.wav --fill image --fill text --num-samples 4
@@ -32,7 +33,12 @@ _EPILOG = """examples:
 
 
 def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
-    """Parse `arguments` and generate; the first may name a preset: "caption", "image" or "audio"."""
+    """Parse a command line and generate.
+
+    Args:
+        arguments: the command line after `generate`; it may start with a preset: "caption", "image" or "audio".
+        prog: the name of the program in the help.
+    """
     preset = arguments[0] if arguments and arguments[0] in _PRESETS else None
     parser = _parser(preset, prog)
     rest, overrides = _overrides(parser, arguments[1:] if preset else arguments)
@@ -45,12 +51,12 @@ def main(arguments: Sequence[str], prog: str = "multidiff generate") -> None:
 def _show(
     usual: Callable[..., None], message: Warning | str, category: type[Warning], filename: str, *rest: Any
 ) -> None:
-    """A warning of multidiff or of a plugin as a sentence, without its line of code; of other libraries as `usual`."""
+    """Show a warning of multidiff or of a plugin as one sentence, and a warning of another library as `usual`."""
     from multidiff import plugins
 
     modules = (name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == filename)
     if any(map(plugins.is_ours, modules)):
-        print(f"multidiff: {message}", file=sys.stderr)
+        say(str(message))
     else:
         usual(message, category, filename, *rest)
 
@@ -58,41 +64,51 @@ def _show(
 def _parser(preset: str | None, prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{prog} {preset}" if preset and prog == "multidiff generate" else prog,
-        description=_PRESETS[preset] if preset else "Fill in the blanks of a document of any modalities.",
+        description=_PRESETS[preset] if preset else _DESCRIPTION,
         epilog=None if preset else _EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--model", required=True, help="folder of a saved model, or a Lightning checkpoint (.ckpt)")
+    parser.add_argument("-h", "--help", action="help", help="Show this help message and exit.")
+    help_ = "Folder of a saved model, Lightning checkpoint (.ckpt), or repository of the Hugging Face hub (user/model)."
+    parser.add_argument("--model", required=True, help=help_)
     if preset == "caption":
-        parser.add_argument("files", nargs="+", metavar="FILE", help="pictures or sound files")
+        parser.add_argument("files", nargs="+", metavar="FILE", help="Image and audio files.")
     elif preset:
-        parser.add_argument("--prompt", metavar="TEXT", help="text to follow")
-        parser.add_argument("--image", metavar="FILE", help="picture to follow")
-        parser.add_argument("--audio", metavar="FILE", help="sound to follow")
+        parser.add_argument("--prompt", metavar="TEXT", help="Text to condition on.")
+        parser.add_argument("--image", metavar="FILE", help="Image to condition on.")
+        parser.add_argument("--audio", metavar="FILE", help="Audio to condition on.")
     else:
-        help_ = "a segment that is there, e.g. text=seven or image=x.png; the order of segments is kept"
+        help_ = "Given segment: text=seven, or image=x.png for a file. Segments keep the order of the command line."
         parser.add_argument("--given", action=_Segment, metavar="NAME=VALUE", dest="segments", help=help_)
-        help_ = "a segment to fill in, with a size if wanted, e.g. text, image:height=32,width=64"
+        help_ = "Segment to fill in, with an optional size: text, or image:height=32,width=64."
         parser.add_argument("--fill", action=_Segment, metavar="NAME[:SIZE]", dest="segments", help=help_)
     if preset != "caption":
-        parser.add_argument("--output", type=Path, default=Path("out"), help="folder for the files (default: out)")
-    parser.add_argument("--num-samples", type=_positive, default=1, help="samples of each document (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
-    saved = "(default: as saved with the model)"
-    parser.add_argument("--steps", type=_positive, help=f"decoding steps {saved}")
-    parser.add_argument("--guidance", type=float, help=f"classifier-free guidance, 1 is none {saved}")
-    help_ = f"a decoding setting of tokenizer NAME, e.g. --sampler.text.order=margin {saved}"
+        help_ = "Folder for the generated files (default: out)."
+        parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("out"), help=help_)
+    help_ = "Number of samples of each document (default: 1)."
+    parser.add_argument("--num-samples", metavar="N", type=_positive, default=1, help=help_)
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="Random seed (default: 0).")
+    saved = "(default: as saved with the model)."
+    parser.add_argument("--steps", metavar="N", type=_positive, help=f"Number of decoding steps {saved}")
+    help_ = f"Scale of classifier-free guidance; 1 turns it off {saved}"
+    parser.add_argument("--guidance", metavar="SCALE", type=float, help=help_)
+    help_ = f"Sampler setting of the tokenizer NAME, for instance --sampler.text.order=margin {saved}"
     parser.add_argument("--sampler.NAME.KEY", metavar="VALUE", help=help_)
-    parser.add_argument("--device", help="where to run (default: a GPU if there is one)")
+    help_ = "Device to run on, for instance cpu or cuda:1 (default: a GPU if there is one)."
+    parser.add_argument("--device", help=help_)
     return parser
 
 
 def _overrides(
     parser: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The other arguments, and {tokenizer: {setting: value}} of `--sampler.NAME.KEY=VALUE`, or with a space for the =;
-    values are JSON where they can be read as such, else text."""
+    """Split off the sampler settings, `--sampler.NAME.KEY=VALUE` or `--sampler.NAME.KEY VALUE`.
+
+    Returns:
+        the other arguments, and {tokenizer: {setting: value}}. A value that is not JSON is text.
+    """
     rest: list[str] = []
     overrides: dict[str, dict[str, Any]] = {}
     words = iter(arguments)
@@ -104,7 +120,7 @@ def _overrides(
         value = value if mark else next(words, "--")
         path = key.split(".")
         if len(path) != 3 or value.startswith("--"):
-            parser.error(f"{key}: write --sampler.NAME.KEY=VALUE, for instance --sampler.text.order=margin")
+            parser.error(f"{key}: expected --sampler.NAME.KEY=VALUE, for instance --sampler.text.order=margin")
         try:
             overrides.setdefault(path[1], {})[path[2]] = json.loads(value)
         except (ValueError, RecursionError):
@@ -113,14 +129,14 @@ def _overrides(
 
 
 class _Segment(argparse.Action):
-    """Collects --given and --fill in one list, in the order in which they stand."""
+    """Collects --given and --fill in one list, in the order of the command line."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         name, mark, value = values.partition("=" if option_string == "--given" else ":")
         if option_string == "--given" and not mark:
-            parser.error(f"--given {values}: write NAME=VALUE, for instance text=seven")
+            parser.error(f"--given {values}: expected NAME=VALUE, for instance text=seven")
         if not getattr(namespace, self.dest):
             setattr(namespace, self.dest, [])
         getattr(namespace, self.dest).append((option_string, name, value))
@@ -140,7 +156,8 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
     from multidiff.seeding import generator_for
 
     if preset is None and not options.segments:
-        raise ValueError("nothing to do: name what is there with --given and what to fill in with --fill")
+        message = "There is nothing to fill in. Name segments to fill in with --fill, and given segments with --given."
+        raise UserError(message, status=2)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = MultiDiffPipeline.from_pretrained(options.model, device=device)
     for name, settings in overrides.items():
@@ -163,14 +180,14 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
         for index, document in zip(batch, output.documents, strict=True):
             if preset == "caption":
                 (made,) = (part for part in document if not part.given)
-                caption = " ".join(made.item.split())  # one line, whatever it holds
+                caption = " ".join(made.item.split())  # on one line
                 print(f"{options.files[index // options.num_samples]}\t{caption}", flush=True)
             else:
                 _deliver(document, documents[index // options.num_samples], index, options.output, pipeline)
 
 
 def _types() -> mimetypes.MimeTypes:
-    """File types by ending, with those that a system without `/etc/mime.types` does not know."""
+    """File types by suffix, including those that are unknown on a system without `/etc/mime.types`."""
     types = mimetypes.MimeTypes()
     for ending in ("flac", "ogg", "opus"):
         types.add_type(f"audio/{ending}", f".{ending}")
@@ -189,7 +206,9 @@ def _documents(
         for file in options.files:
             modality = (_types().guess_type(file)[0] or "").split("/")[0]
             if modality not in ("image", "audio"):
-                raise ValueError(f"{file}: its name ends like neither a picture nor a sound (.png, .jpg, .wav, .flac)")
+                raise ValueError(
+                    f"{file}: expected an image or audio file with a suffix such as .png, .jpg, .wav or .flac"
+                )
             name = _named(pipeline, modality)
             documents.append(_ordered([_given(pipeline, name, file), Blank(text)], pipeline))
         return documents
@@ -208,13 +227,13 @@ def _documents(
 
 
 def _ordered(document: list[Given | Blank], pipeline: MultiDiffPipeline) -> list[Given | Blank]:
-    """The segments in an order that the model was trained on, where there is one."""
+    """The segments in an order of the training data, if there is one."""
     places = pipeline.seen.order_of([part.tokenizer for part in document]) if pipeline.seen else None
     return document if places is None else [document[place] for place in places]
 
 
 def _given(pipeline: MultiDiffPipeline, name: str, value: str) -> Given:
-    """What a file or a prompt holds. A text must fit the canvas that the model writes texts on, its end included."""
+    """The segment of a file or a prompt. A text and its EOS must fit the canvas on which the model writes texts."""
     from multidiff.generation.pipeline import Given
 
     item = pipeline.tokenizers[name].read(value, Path())
@@ -223,17 +242,17 @@ def _given(pipeline: MultiDiffPipeline, name: str, value: str) -> Given:
         ((unit, room),) = canvas.items()
         length = pipeline.tokenizers[name].encode([item])[0].size[unit]
         if length >= room:
-            raise ValueError(f"{value[:40]!r} takes {length} {unit}, but this model's texts have at most {room - 1}")
+            raise ValueError(f"{value[:40]!r} has {length} {unit}, but texts of this model have at most {room - 1}")
     return Given(name, item)
 
 
 def _named(pipeline: MultiDiffPipeline, modality: str) -> str:
-    """The first tokenizer of a modality."""
+    """The name of the first tokenizer of a modality."""
     for name, layout in pipeline.vocabulary.tokenizers.items():
         if layout.modality == modality:
             return name
     known = ", ".join(f"{name} ({layout.modality})" for name, layout in pipeline.vocabulary.tokenizers.items())
-    raise ValueError(f"this model has no tokenizer for {modality}; it has {known}")
+    raise ValueError(f"This model has no tokenizer for {modality}. Its tokenizers are {known}.")
 
 
 def _size(name: str, text: str) -> dict[str, int]:
@@ -241,14 +260,14 @@ def _size(name: str, text: str) -> dict[str, int]:
         return {key: int(value) for key, value in (part.split("=") for part in text.split(",") if part)}
     except ValueError:
         raise ValueError(
-            f"--fill {name}:{text}: write sizes as whole numbers, for instance height=32,width=64"
+            f"--fill {name}:{text}: Sizes must be whole numbers, for instance height=32,width=64."
         ) from None
 
 
 def _deliver(
     document: Sequence[Filled], asked: Sequence[Given | Blank], index: int, folder: Path, pipeline: MultiDiffPipeline
 ) -> None:
-    """Print texts, write everything else and print its path."""
+    """Print a text; write any other item to a file and print its path."""
     from multidiff.files import naming
     from multidiff.generation.pipeline import Given
 
@@ -263,13 +282,13 @@ def _deliver(
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
                     path = pipeline.tokenizers[part.tokenizer].write(part.item, stem)
-                except RuntimeError as error:  # what libraries of pictures and sounds say of a full disk, for instance
+                except RuntimeError as error:  # for instance from an image or audio library, when the disk is full
                     raise OSError(str(error)) from error
             print(path, flush=True)
 
 
 _PRESETS = {
-    "caption": "Caption pictures and sounds: prints FILE<TAB>caption, one a line.",
-    "image": "Make pictures from a text, a picture, a sound, any of them together, or from nothing.",
-    "audio": "Make sounds from a text, a picture, a sound, any of them together, or from nothing.",
+    "caption": "Caption images and audio. Each line of the output is FILE<TAB>CAPTION.",
+    "image": "Generate images from text, images and audio in any combination, or unconditionally.",
+    "audio": "Generate audio from text, images and audio in any combination, or unconditionally.",
 }

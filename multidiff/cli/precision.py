@@ -1,4 +1,4 @@
-"""`${fastest_precision:}` in configurations: what this machine multiplies matrices fastest in."""
+"""`${fastest_precision:}` in configurations: the precision in which this machine multiplies matrices fastest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ _PRECISION = "MULTIDIFF_FASTEST_PRECISION"
 
 
 def fastest_precision() -> str:
-    """What `${fastest_precision:}` in a config stands for: "bf16-mixed" where matrix products are faster in bf16 than
-    in fp32, else "32-true". Many CPUs only emulate bf16. The processes that a run starts take its answer."""
+    """The value of `${fastest_precision:}` in a configuration, for Lightning's `precision`.
+
+    It is "bf16-mixed" if matrix products are faster in bf16 than in fp32, and "32-true" otherwise. Many CPUs only
+    emulate bf16. The answer is kept in an environment variable, so that the processes of one run agree.
+    """
     if _PRECISION not in os.environ:
         os.environ[_PRECISION] = _measured_precision()
     return os.environ[_PRECISION]

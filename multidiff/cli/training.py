@@ -1,4 +1,4 @@
-"""`multidiff fit`, `validate` and `test`: Lightning's command line, with errors and defaults of our own."""
+"""`multidiff fit`, `validate` and `test`: Lightning's command line with multidiff's errors and defaults."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import sys
 import warnings
 from typing import Any
 
-from multidiff.cli.errors import report
+from multidiff.cli.errors import UserError
 from multidiff.cli.precision import fastest_precision
 
 
 def main(arguments: list[str]) -> None:
-    """Run a training command; `arguments` begin with its name."""
+    """Run a training command.
+
+    Args:
+        arguments: the command line, from "fit", "validate" or "test" on.
+
+    Raises:
+        UserError: the command line or the configuration is wrong.
+    """
     from jsonargparse import set_parsing_settings
     from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,17 +36,17 @@ def main(arguments: list[str]) -> None:
             return configuration.make_parser(**kwargs)
 
         def _parse_ckpt_path(self) -> None:
-            """Configuration and command line win over the hyper-parameters that a checkpoint carries."""
+            """Ignore the hyper-parameters in a checkpoint; the configuration and the command line decide."""
 
         def add_arguments_to_parser(self, parser: Any) -> None:
-            help_ = "Remove the checkpoints of an earlier run from the folder that this one writes to."
             if command == "fit":
+                help_ = "Remove the checkpoints of an earlier run from the folder that this run writes to."
                 parser.add_argument("--overwrite", type=bool, default=False, help=help_)
 
         def before_instantiate_classes(self) -> None:
             if path := self._get(self.config, "ckpt_path"):
                 check_checkpoint(path)
-            if command == "fit":  # taken out, so that a run of the saved configuration removes nothing unasked
+            if command == "fit":  # not saved with the configuration, so that a later run of it removes nothing
                 self._overwrite = self.config[command].pop("overwrite")
 
         def before_fit(self) -> None:
@@ -50,10 +57,10 @@ def main(arguments: list[str]) -> None:
                     if self.trainer.is_global_zero and not known_later and not self.trainer.fast_dev_run:  # pyright: ignore
                         callback.claim(continues=False)
 
-    # Lightning's own, at every start.
+    # Lightning itself causes these at every start.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     warnings.filterwarnings("ignore", "Precision bf16-mixed is not supported by the model summary", UserWarning)
-    # Relative interpolation and overrides of an interpolated value work only with both of these.
+    # Without this setting, relative interpolation and overrides of interpolated values fail.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("fastest_precision", fastest_precision, replace=True)
     try:
@@ -63,7 +70,7 @@ def main(arguments: list[str]) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            # The data module gives every rank its own documents; a second split by Lightning would lose some.
+            # The data module already gives every rank its own documents. Lightning's sampler would drop some of them.
             trainer_defaults={"use_distributed_sampler": False},
             parser_kwargs={
                 "prog": "multidiff",
@@ -72,4 +79,4 @@ def main(arguments: list[str]) -> None:
             },
         )
     except MisconfigurationException as error:
-        report(error)
+        raise UserError(str(error)) from error

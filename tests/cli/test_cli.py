@@ -181,12 +181,11 @@ BAD = {
     r"broken.png": ["caption", "broken.png"],
     r"broken.wav": ["caption", "broken.wav"],
     r"empty.wav|empty|no samples": ["caption", "empty.wav"],
-    "notes.txt: its name ends like neither": ["caption", "notes.txt"],
+    "notes.txt: expected an image or audio file": ["caption", "notes.txt"],
     "33": ["caption", "odd.png"],
     "no tokenizer is called 'smell'": ["--fill", "smell"],
-    "nothing to do": [],
     "no room|larger": ["--fill", "text:tokens=0"],
-    "write sizes as whole numbers": ["--fill", "image:height=big"],
+    "Sizes must be whole numbers": ["--fill", "image:height=big"],
     "--sampler.text: no sampler setting is called 'ordr'; did you mean 'order'": [
         "--sampler.text.ordr=1",
         "--fill",
@@ -265,7 +264,7 @@ def test_numbers_of_samples_and_steps(model, capsys):
 
 
 def test_a_prompt_longer_than_its_canvas_is_refused(model):
-    with pytest.raises(SystemExit, match="takes 6 tokens, but this model's texts have at most 4"):
+    with pytest.raises(SystemExit, match="has 6 tokens, but texts of this model have at most 4"):
         main(["generate", "image", "--model", str(model), "--prompt", "sevens"])
 
 
@@ -273,9 +272,35 @@ def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train"])
     assert stopped.value.code == 2
-    assert "multidiff: no command 'train'; known: fit" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("multidiff: There is no command 'train'. The commands are fit,")
     with pytest.raises(SystemExit, match="does not exist"):
         main(["generate", "caption", "--model", "nowhere", "a.png"])
+
+
+def test_generating_nothing_is_a_wrong_command_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--model", "nowhere"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("multidiff: There is nothing to fill in. Name segments to fill in with")
+
+
+@pytest.mark.parametrize("command", ["generate", "generate image", "plugins", "new-tokenizer", "test"])
+def test_every_command_has_help(command, capsys):
+    main(["--help"])
+    assert f"\n  {command.split()[0]}  " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: multidiff {command} ")
+    assert "Show this help message and exit." in printed
+
+
+def test_one_module_prints_errors_and_exits():
+    for file in (ROOT / "multidiff" / "cli").glob("*.py"):
+        code = file.read_text(encoding="utf-8")
+        ends = [word for word in ("sys.exit", "sys.stderr", "SystemExit", "os._exit") if word in code]
+        assert bool(ends) == (file.name == "errors.py"), (file.name, ends)
 
 
 CONFIG = """
@@ -286,21 +311,20 @@ data:
   class_path: multidiff.data.DocumentDataModule
   init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}"}
 """
-MODULE, HELP = "model: multidiff.training.MaskedDiffusionModule: ", "`multidiff fit --help` explains the options."
-MODULE_HELP = "`multidiff fit --model.help multidiff.training.MaskedDiffusionModule` explains the options."
+MODULE, HELP = "model: multidiff.training.MaskedDiffusionModule: ", "Run `multidiff fit --help` for the options."
+MODULE_HELP = "Run `multidiff fit --model.help multidiff.training.MaskedDiffusionModule` for the options."
 WRONG = {
-    "option": (["--trainer.max_stps", "1"], "", f"max_stps 1; did you mean --trainer.max_steps? {HELP}"),
-    "key": ([], "trainer: {max_stps: 1}", f"option 'trainer.max_stps'; did you mean trainer.max_steps? {HELP}"),
+    "option": (["--trainer.max_stps", "1"], "", f"max_stps 1. Did you mean --trainer.max_steps? {HELP}"),
+    "key": ([], "trainer: {max_stps: 1}", f"option 'trainer.max_stps'. Did you mean trainer.max_steps? {HELP}"),
     "argument": (
         ["--model.init_args.warmup_step", "1"],
         "",
-        f"{MODULE}Option 'warmup_step' is not accepted; did you mean warmup_steps? {MODULE_HELP}",
+        f"{MODULE}Option 'warmup_step' is not accepted. Did you mean warmup_steps? {MODULE_HELP}",
     ),
     "value": (
         [],
         ("others: target", "others: targt"),
-        f"{MODULE}tasks: multidiff.objectives.diffusion.Task: roles: expected one of ['target', 'given', 'absent'], "
-        f"got targt. {MODULE_HELP}",
+        f"Task: roles: expected one of ['target', 'given', 'absent'], got targt. {MODULE_HELP}",
     ),
     "type": (["--trainer.max_steps", "few"], "", f"trainer.max_steps: expected int, got few. {HELP}"),
     "class": ([], ("MaskedDiffusionModule", "Masked"), f"has no attribute 'Masked'. {HELP}"),
@@ -325,7 +349,8 @@ def test_a_training_needs_a_configuration(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit"])
     assert stopped.value.code == 2
-    assert "a configuration is needed, --config FILE or NAME; shipped are digits, emoji" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "required: --config FILE or --config NAME. The shipped configurations are digits, emoji, " in said
 
 
 @pytest.mark.parametrize(
@@ -358,7 +383,7 @@ def test_what_the_system_refuses_is_a_sentence(model, files, tmp_path):
 
 def test_ctrl_c_and_a_bug_are_told_apart(monkeypatch, capsys):
     def raises(error):
-        def listing():
+        def listing(arguments):
             raise error
 
         monkeypatch.setattr("multidiff.cli.plugins.main", listing)

@@ -62,10 +62,10 @@ def test_what_a_plugin_refuses_is_a_sentence_without_a_traceback(install, monkey
         raise error
 
     for raises, error in ((refuse, ValueError("too steep")), (here, ItemError("too steep"))):
-        monkeypatch.setattr("multidiff.cli.plugins.main", lambda raises=raises, error=error: raises(error))
+        monkeypatch.setattr("multidiff.cli.plugins.main", lambda arguments, raises=raises, error=error: raises(error))
         with pytest.raises(SystemExit, match=r"^multidiff: too steep$"):
             main(["plugins"])
-    monkeypatch.setattr("multidiff.cli.plugins.main", lambda: here(ValueError("a bug")))
+    monkeypatch.setattr("multidiff.cli.plugins.main", lambda arguments: here(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         main(["plugins"])
 
@@ -134,7 +134,9 @@ def test_a_survey_tries_every_plugin_by_itself(walks, install, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plugins"])
     assert stopped.value.code == 1
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr()
+    assert printed.err.startswith("multidiff: These plugins do not work: broken, half, leaving, walks, walks. ")
+    lines = {line.split()[0]: line for line in printed.out.splitlines()}
     assert lines["broken"].split()[1:4] == ["?", "broken", "1.2"]
     assert "does not import" in lines["broken"]
     assert lines["half"].split()[1:4] == ["?", "abstract", "1.2"]
