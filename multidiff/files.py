@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent, and errors that name them.
+"""Reads and writes files and folders, with errors that name them.
 
-Everything is written beside its place, flushed to the disk and renamed, so that a reader finds the old content or the
-new one. Reading runs no code and never waits: pipes, devices and folders in place of a file are refused.
+Content is written beside its final place, flushed to the disk and renamed. A reader finds the old content or the new
+content, never a part. Reading runs no code and never blocks: anything but a regular file is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def check_file(path: Path) -> None:
-    """Raise a `ValueError` naming `path` unless it is a file that can be read to its end."""
+    """Raise a `ValueError` that names `path` unless it is a regular file."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -36,12 +36,11 @@ def check_file(path: Path) -> None:
     except (OSError, ValueError) as error:  # a loop of links, no permission, a name that is too long
         raise ValueError(f"{path} cannot be read ({_reason(error)})") from None
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise ValueError(f"{path} is {kind}, but a file is expected there")
+        raise ValueError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, but must be a file")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file; `ValueError` naming it where it is missing or cannot be read."""
+    """The content of a file. Raises a `ValueError` that names the file if it is missing or cannot be read."""
     check_file(path)
     try:
         return path.read_bytes()
@@ -50,7 +49,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark; `ValueError` naming the file otherwise."""
+    """The text of a UTF-8 file, without its byte-order mark. Raises a `ValueError` that names any other file."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,32 +57,32 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `ValueError` naming the file where it is missing, damaged or holds something else."""
+    """The object in a JSON file. Raises a `ValueError` that names the file if it is missing or contains no object."""
     try:
         content = json.loads(read_text(path), parse_constant=_refuse)
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be a file of multidiff") from None
+        raise ValueError(f"{path} is damaged: its JSON is nested too deeply") from None
     except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+        raise ValueError(f"{path} must contain a JSON object, not {type(content).__name__}")
     return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU, independent of the file.
+    """The tensors of a safetensors file, on the CPU. Later changes of the file do not change them.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds a number that is not finite; names it.
+        ValueError: the file is missing or damaged, or contains NaN or infinite numbers; the message names the file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     check_file(path)
     try:
-        # `load_file` maps the file: a tensor would change when the file does.
+        # `load_file` maps the file into memory, so its tensors would change with the file.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} is truncated, damaged or not a safetensors file ({error})") from None
@@ -92,22 +91,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise a `ValueError` that names `where` and the first tensor that holds NaN or infinity."""
+    """Raise a `ValueError` that names `where` and the first tensor that contains NaN or infinite numbers."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{where}: tensor {name} holds NaN or infinite numbers; the weights are damaged")
+            raise ValueError(f"{where}: tensor {name} contains NaN or infinite numbers. The weights are damaged.")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which becomes `path` when the block ends without an error.
+    """A temporary path to write a file to. The file becomes `path` when the block ends without an error.
 
-    An earlier file stays until that moment. What killed processes left beside it is removed.
+    An earlier file stays until then. Temporary files that killed processes left behind are removed.
 
     Raises:
-        ValueError: the disk is full, the folder is not writable, or the like; names `path`.
+        ValueError: the file cannot be written, for instance because the disk is full; the message names `path`.
     """
-    path = Path(os.path.realpath(path))  # where a link points to, so that the link stays
+    path = Path(os.path.realpath(path))  # the target of a link, so that the link stays
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside, lock = _locked_beside(path, lambda place: place.touch(exist_ok=False))
@@ -123,19 +122,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; `ValueError` naming it where that fails."""
+    """Write a file, as a whole or not at all. Raises a `ValueError` that names the file if that fails."""
     with whole_file(path) as beside, naming(path):
         beside.write_bytes(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; `ValueError` naming it where that fails."""
+    """Write a JSON file, as a whole or not at all. Raises a `ValueError` that names the file if that fails."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written into a `ValueError` that names it."""
+    """Turn errors of the operating system inside the block into a `ValueError`: `path` cannot be written."""
     from safetensors import SafetensorError
 
     try:
@@ -146,19 +145,19 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `place` when the block ends without an error.
+    """An empty temporary folder to fill. It becomes `place` when the block ends without an error.
 
-    An earlier `place` stays until that moment; where the system can exchange two folders, there is always one. What
-    killed processes left beside it is removed.
+    An earlier folder stays until then. If the system can exchange two folders atomically, `place` always exists.
+    Temporary folders that killed processes left behind are removed.
 
     Args:
-        place: the folder to write; its parents are made.
-        replace: whether an earlier folder is replaced; if not, one that appeared meanwhile is kept.
+        place: the folder to write. Its parents are created.
+        replace: whether an existing folder is replaced. If not, the existing folder is kept.
 
     Raises:
-        ValueError: the disk is full, the parent is not writable, or the like; names `place`.
+        ValueError: the folder cannot be written, for instance because the disk is full; the message names `place`.
     """
-    place = Path(os.path.realpath(place))  # where a link points to, so that the link stays
+    place = Path(os.path.realpath(place))  # the target of a link, so that the link stays
     with naming(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         beside, lock = _locked_beside(place, Path.mkdir)
@@ -181,29 +180,29 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def remove_partial(place: Path) -> None:
-    """Remove what killed processes left while they wrote `place`, whose name may be a pattern such as "*.ckpt".
+    """Remove the temporary files and folders of killed processes that were writing `place`.
 
-    What running processes still write stays.
+    Those of running processes stay. The name of `place` may be a pattern such as "*.ckpt".
     """
     for left in place.parent.glob(f".{place.name}.*{_PARTIAL}"):
         try:
             lock = lock_file(left)
-        except OSError:  # somebody works on it, or has just removed it
+        except OSError:  # another process is writing it, or has just removed it
             continue
-        if lock is None:  # nobody can tell whether it is still written
+        if lock is None:  # without locks, it may still be in use
             continue
         _remove(left)
         unlock(lock)
 
 
 def lock_file(path: Path) -> int | None:
-    """Lock a file or folder for this process; `unlock` it with what is returned. The end of the process unlocks it.
+    """Lock a file or folder for this process. It stays locked until `unlock` or the end of the process.
 
     Returns:
-        A descriptor, or None where the file system has no locks, as some network file systems have none.
+        a descriptor for `unlock`; None if the file system has no locks, like some network file systems.
 
     Raises:
-        BlockingIOError: another holder has it.
+        BlockingIOError: it is locked already.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -225,7 +224,7 @@ def unlock(descriptor: int | None) -> None:
 
 
 def _leave_to_parent() -> None:
-    """A lock outlives its process in the processes that it forked, such as loader workers, unless these let it go."""
+    """Close the locks in a forked process, such as a loader worker. Otherwise they would outlive their own process."""
     while _held:
         os.close(_held.pop())
 
@@ -235,14 +234,14 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
-    """A new file or folder beside `place`, locked as long as it is written."""
+    """A new file or folder beside `place`, and its lock."""
     remove_partial(place.with_name(escape(place.name)))
     while True:
         beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}{_PARTIAL}")
         make(beside)
         try:
             lock = lock_file(beside)
-        except (BlockingIOError, FileNotFoundError):  # another process takes it for left behind, and removes it
+        except (BlockingIOError, FileNotFoundError):  # another process found it unlocked and removes it
             continue
         if beside.exists():
             return beside, lock
@@ -250,7 +249,7 @@ def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or the file that stood in its place, if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -258,7 +257,7 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`, and `old` in that of `new`, at once where the system can do that."""
+    """Exchange two folders, atomically if the system can do that."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -282,7 +281,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
@@ -294,7 +293,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Generators that follow from what they are for, so that nothing random has to be saved."""
+"""Generators that are derived from their purpose, so that no random state has to be saved."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """A CPU generator seeded by a hash of `key`, e.g. (seed, step, document): equal keys, equal numbers.
+    """A CPU generator seeded by a hash of `key`, for instance (seed, step, document). Equal keys give equal numbers.
 
-    A sum or product of the parts would make streams of neighbouring steps and documents overlap.
+    A sum or product of the parts would make the streams of neighbouring steps and documents overlap.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

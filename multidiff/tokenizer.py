@@ -1,7 +1,7 @@
-"""What every modality must offer: items in, codes out, and back.
+"""The contract of a tokenizer: it encodes items as codes, and decodes codes to items.
 
-A tokenizer turns items people have (`str`, `PIL.Image`, `Audio`, whatever a plugin defines) into `Codes`: integers
-from small codebooks, each at a place on three axes. Nothing else in multidiff knows what an item is.
+An item is what people have: a `str`, a `PIL.Image`, an `Audio`, or whatever a plugin defines. `Codes` are integers from
+small codebooks, each with coordinates on three axes. Nothing else in multidiff knows what an item is.
 
 Shape suffixes: N codes of one item, 3 axes.
 """
@@ -35,15 +35,15 @@ class Audio:
 
 @dataclass
 class Codes:
-    """One item, tokenized. Never contains an end: `multidiff.sequence` adds and removes it.
+    """The codes of one item. They never contain an EOS, which `multidiff.sequence` adds and removes.
 
     Attributes:
         ids_N: int64, local ids within their level, in [0, codebook_sizes[level]).
-        levels_N: int64, the residual level (codebook) of each id; 0 where there is one codebook.
+        levels_N: int64, the residual level (codebook) of each id; 0 if there is only one codebook.
         coords_N3: int64 ≥ 0, coordinates on the three axes: text (i, i, i), image (0, row, column),
             audio (frame, level, 0).
-        size: what `ModalityTokenizer.canvas` takes back, e.g. {"height": 32, "width": 32}, {"frames": 30},
-            {"tokens": 12}. A tokenizer of variable length has exactly one entry: its length.
+        size: the arguments of `ModalityTokenizer.canvas` for this item, for instance {"height": 32, "width": 32},
+            {"frames": 30} or {"tokens": 12}. For a tokenizer of variable length it has exactly one entry, the length.
     """
 
     ids_N: Tensor
@@ -56,20 +56,20 @@ class Codes:
 
 
 class ItemError(ValueError):
-    """An item that cannot be read or tokenized; the message names it and says what to do."""
+    """An item that cannot be read or tokenized. The message names the item and says what to do."""
 
 
 class ModalityTokenizer(ABC):
-    """The contract of a tokenizer plugin; `multidiff.testing.check_tokenizer` tests all of it.
+    """The contract of a tokenizer plugin. `multidiff.testing.check_tokenizer` tests all of it.
 
-    Encoding and decoding are batched, deterministic, without gradient, and leave the global random state alone.
-    A constructor takes plain values (numbers, strings, paths) only, so that YAML can configure it.
+    Encoding and decoding are batched and deterministic. They record no gradient and do not touch the global random
+    state. The constructor takes only plain values (numbers, strings, paths), so that YAML can configure it.
 
     Attributes:
         modality: what a person perceives: "text", "image", "audio" or any other word.
-        codebook_sizes: number of codes of each residual level.
-        variable_length: whether items differ in length. Then `size` has one entry, and the canvas of a shorter item
-            is a prefix of the canvas of a longer one.
+        codebook_sizes: the number of codes of each residual level.
+        variable_length: whether items differ in length. If so, `size` has one entry, and the canvas of a shorter item
+            is a prefix of the canvas of a longer item.
     """
 
     modality: str
@@ -78,53 +78,55 @@ class ModalityTokenizer(ABC):
 
     @abstractmethod
     def encode(self, items: list[Any]) -> list[Codes]:
-        """Items to codes, in order. Raises `ItemError` for an item that it cannot represent."""
+        """Encode items, in order. Raises `ItemError` for an item that it cannot represent."""
 
     @abstractmethod
     def decode(self, codes: list[Codes]) -> list[Any]:
-        """Codes to items, in order. Any codes within the codebooks decode to a valid item, none included."""
+        """Decode codes, in order. Any codes within the codebooks, including none, decode to a valid item."""
 
     @abstractmethod
     def canvas(self, **size: int) -> Codes:
-        """A blank of a given size: right levels and coordinates, ids all 0. Every argument has a default.
+        """The codes of a blank item of this size: its levels and coordinates, with all ids 0.
+
+        Every argument has a default.
 
         Raises:
-            ValueError: a size that no item can have, naming the nearest that fits.
+            ValueError: no item can have this size; the message names the nearest possible size.
         """
 
     @abstractmethod
     def read(self, value: Any, folder: Path) -> Any:
-        """The item that a data folder's `metadata.jsonl` names by `value`: the text itself, or a path from `folder`.
+        """The item of a `value` in `metadata.jsonl`, which is the text itself or a path relative to the data folder.
 
-        Raises `ItemError` when the file is missing or damaged.
+        Raises `ItemError` if the file is missing or damaged.
         """
 
     @abstractmethod
     def write(self, item: Any, stem: Path) -> Path:
-        """Write an item beside `stem` with the usual suffix (`.txt`, `.png`, `.wav` …); returns the file's path."""
+        """Write an item to the path `stem` plus the usual suffix (`.txt`, `.png`, `.wav` …), and return that path."""
 
     @abstractmethod
     def preview(self, item: Any) -> Image.Image:
-        """A picture of the item for logs and reports: itself, its spectrogram, its words."""
+        """A picture of the item for logs and reports: the item itself, its spectrogram, or its words."""
 
     @abstractmethod
     def examples(self) -> list[Any]:
-        """A few items, made without files, that show the range of what it takes; used by tests and previews."""
+        """A few items, created without files, that cover the range of valid items. Tests and previews use them."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest of all that decides what a code means (weights, merges, settings)."""
+        """A hex digest of everything that determines the meaning of a code: weights, merges, settings."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write everything `load` needs into `folder` (safetensors, JSON; no pickle)."""
+        """Write everything that `load` needs into `folder`, as safetensors and JSON. Pickle is not allowed."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path) -> Self:
-        """The tokenizer saved in `folder`. Runs no code from it; raises `ValueError` naming a bad file."""
+        """The tokenizer saved in `folder`. Runs no code from it. Raises a `ValueError` that names a damaged file."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Move whatever computes to `device`; `encode` and `decode` take and return CPU items all the same."""
+        """Move the computation to `device`. `encode` and `decode` still take and return items on the CPU."""
         return self

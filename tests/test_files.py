@@ -60,7 +60,7 @@ def test_tensors_that_are_not_finite_or_whole_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.safetensors is truncated"):
         files.read_tensors(path)
     save_file({"weight": torch.tensor([1.0, float("nan")])}, path)
-    with pytest.raises(ValueError, match=r"a\.safetensors: tensor weight holds NaN"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: tensor weight contains NaN"):
         files.read_tensors(path)
 
 

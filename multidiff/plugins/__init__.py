@@ -1,4 +1,4 @@
-"""Tokenizers as plugins: the registry of entry points, the batching that neural ones need, a package to start from."""
+"""Tokenizer plugins: the registry of entry points, batching for neural tokenizers, and a template for new plugins."""
 
 from multidiff.plugins.batching import map_batches
 from multidiff.plugins.registry import GROUP, Report, build, is_ours, load, name_of, names, survey

@@ -1,4 +1,4 @@
-"""Batches for neural tokenizers: items of many shapes through a network, the same result whatever goes beside them.
+"""Batching for neural tokenizers. The result of an item does not depend on the other items.
 
 Shape suffixes: B rows of a batch.
 """
@@ -17,19 +17,19 @@ def map_batches(
     rows: Callable[[torch.Size], int],
     device: torch.device,
 ) -> list[Tensor]:
-    """`function` of each input, computed in batches of inputs of equal shape.
+    """Apply `function` to each input, in batches of inputs of equal shape.
 
-    A batch always has as many rows as its shape is given, filled up with zeros: kernels for another batch size add up
-    in another order, and the last bit can decide between two codes.
+    All batches of one shape have the same number of rows, and missing rows are filled with zeros. Kernels for different
+    batch sizes sum in different orders, and the last bit of a sum can decide between two codes.
 
     Args:
-        function: of a batch [B, …] on `device` to outputs [B, …].
-        inputs: on the CPU.
-        rows: B for the shape of an input; less than 1 counts as 1.
+        function: maps a batch [B, …] on `device` to outputs [B, …].
+        inputs: tensors on the CPU, each without a batch dimension.
+        rows: maps the shape of an input to B; less than 1 counts as 1.
         device: where `function` computes.
 
     Returns:
-        outputs in the order of the inputs, on the CPU.
+        the outputs in the order of the inputs, on the CPU.
     """
     by_shape: dict[torch.Size, list[int]] = {}
     for index, tensor in enumerate(inputs):

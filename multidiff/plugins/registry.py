@@ -1,11 +1,11 @@
-"""Finds tokenizers by entry point `multidiff.tokenizers`; imports one only when it is asked for.
+"""Finds tokenizers by the entry point `multidiff.tokenizers`, and imports one only when it is needed.
 
-A plugin is a class that some installed distribution names:
+A plugin is a class that an installed distribution names in its `pyproject.toml`:
 
     [project.entry-points."multidiff.tokenizers"]
     midi = "my_package:MidiTokenizer"
 
-First-party tokenizers come through the same door.
+The tokenizers that multidiff ships are found in the same way.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ GROUP = "multidiff.tokenizers"
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of an installed plugin.
+    """The state of an installed plugin.
 
     Attributes:
-        name: of its entry point.
-        package, version: of its distribution; "?" where an entry point has none.
-        modality: of its class; "" where that cannot be used or does not say.
-        problem: why it cannot be used; None where it can.
+        name: the name of its entry point.
+        package, version: its distribution; "?" if the entry point has none.
+        modality: the modality of its class; "" if the class cannot be used or has none.
+        problem: why the plugin cannot be used; None if it works.
     """
 
     name: str
@@ -41,21 +41,21 @@ class Report:
 
 
 def names() -> set[str]:
-    """Plugin names in use, nothing imported."""
+    """The names of the installed plugins. Nothing is imported."""
     return {point.name for point in entry_points(group=GROUP)}
 
 
 def is_ours(module: str) -> bool:
-    """Whether a module of this name belongs to multidiff or to an installed plugin; nothing is imported."""
+    """Whether a module with this name belongs to multidiff or to an installed plugin. Nothing is imported."""
     package = module.split(".")[0]
     known = {"multidiff", *(point.module.split(".")[0] for point in entry_points(group=GROUP))}
     return package in known or package.startswith("multidiff_")
 
 
 def survey() -> list[Report]:
-    """Every installed plugin, each imported by itself: one that cannot be used is reported and stops no other.
+    """The state of every installed plugin. A plugin that cannot be used does not affect the others.
 
-    None is built: that can take seconds, weights and arguments that only a configuration knows.
+    The plugins are imported but not instantiated, which may need weights and arguments from a configuration.
     """
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
     return [_report(point, [other for other in points if other.name == point.name]) for point in points]
@@ -68,38 +68,39 @@ def _report(point: EntryPoint, claims: list[EntryPoint]) -> Report:
         cls = _class_of(point)
     except (ImportError, ValueError) as error:
         return Report(point.name, package, version, problem=str(error))
-    problem = f"{' and '.join(others)} has the same name; uninstall one of them" if others else None
+    problem = f"{' and '.join(others)} has the same name. Uninstall one of them." if others else None
     return Report(point.name, package, version, getattr(cls, "modality", ""), problem)
 
 
 def installed() -> dict[str, EntryPoint]:
-    """Entry points by plugin name, nothing imported.
+    """The entry points by plugin name. Nothing is imported.
 
     Raises:
-        ValueError: two distributions claim one name.
+        ValueError: two distributions use the same name.
     """
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
         other = found.setdefault(point.name, point)
         if other.value != point.value:
             raise ValueError(
-                f"two plugins are called {point.name!r}: {_origin(other)} and {_origin(point)}; uninstall one of them"
+                f"Two plugins are called {point.name!r}: {_origin(other)} and {_origin(point)}. Uninstall one of them."
             )
     return dict(sorted(found.items()))
 
 
 def load(name: str) -> type[ModalityTokenizer]:
-    """The class of plugin `name`.
+    """The class of the plugin `name`.
 
     Raises:
-        ValueError: no such plugin (the message names the nearest), or it is no `ModalityTokenizer`, or an abstract one.
-        ImportError: the plugin does not import; the message says which and why.
+        ValueError: there is no such plugin (the message suggests the nearest name), or its class is not a
+            `ModalityTokenizer`, or is abstract.
+        ImportError: the plugin cannot be imported; the message says why.
     """
     points = installed()
     if name not in points:
         near = get_close_matches(name, points, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(points) or 'none'}"
-        raise ValueError(f"no tokenizer plugin is called {name!r}; {hint} (`multidiff plugins` lists them)")
+        hint = f"Did you mean {near[0]!r}?" if near else f"The installed plugins are {', '.join(points) or 'none'}."
+        raise ValueError(f"There is no tokenizer plugin {name!r}. {hint} Run `multidiff plugins` to list them.")
     return _class_of(points[name])
 
 
@@ -107,36 +108,39 @@ def _class_of(point: EntryPoint) -> type[ModalityTokenizer]:
     try:
         cls = point.load()
     except (Exception, SystemExit) as error:
-        raise ImportError(f"plugin {point.name!r} ({_origin(point)}) does not import: {error}") from error
+        raise ImportError(f"plugin {point.name!r} ({_origin(point)}) cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, ModalityTokenizer)):
         raise ValueError(f"plugin {point.name!r} ({_origin(point)}) is not a multidiff.ModalityTokenizer")
     if lacking := sorted(cls.__abstractmethods__):
-        raise ValueError(f"plugin {point.name!r} ({_origin(point)}) is abstract: it does not have {', '.join(lacking)}")
+        raise ValueError(f"plugin {point.name!r} ({_origin(point)}) is abstract: it lacks {', '.join(lacking)}")
     return cls
 
 
 def name_of(tokenizer: ModalityTokenizer) -> str:
-    """The plugin name under which `tokenizer`'s class is installed; `ValueError` when it has none."""
+    """The name of the plugin to which a tokenizer's class belongs. Raises a `ValueError` if there is none."""
     package = type(tokenizer).__module__.split(".")[0]
-    # Those of its own package first: another package may export the class as well, but takes time to import.
+    # Its own package first. Other packages may export the class as well, but importing them takes time.
     for name, point in sorted(installed().items(), key=lambda pair: pair[1].module.split(".")[0] != package):
         try:
             if _class_of(point) is type(tokenizer):
                 return name
-        except (ImportError, ValueError):  # of another plugin; `multidiff plugins` reports it
+        except (ImportError, ValueError):  # another plugin is broken; `multidiff plugins` reports it
             continue
     raise ValueError(
-        f"{type(tokenizer).__name__} is not installed as a plugin, so a saved model could not be loaded again; "
-        f"give it an entry point in group {GROUP!r}"
+        f"{type(tokenizer).__name__} is not installed as a plugin, so a saved model could not be loaded again. "
+        f"Add an entry point to the group {GROUP!r}."
     )
 
 
 def build(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, ModalityTokenizer]:
-    """Tokenizers from their configuration.
+    """Instantiate tokenizers from their configuration.
 
     Args:
-        specs: name -> {"plugin": entry-point name, and either "folder": a saved tokenizer, or the arguments of the
-            class}. The name is the tokenizer's key everywhere.
+        specs: for each tokenizer name, {"plugin": name of the plugin}, and in addition either {"folder": folder of a
+            saved tokenizer} or the arguments of the class.
+
+    Raises:
+        ValueError: a configuration is wrong; the message names the tokenizer.
     """
     tokenizers = {}
     for name, spec in specs.items():
@@ -144,10 +148,12 @@ def build(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, ModalityTokenizer
         try:
             cls = load(arguments.pop("plugin"))
         except KeyError:
-            raise ValueError(f"tokenizer {name!r} names no plugin: write `{name}: {{plugin: …}}`") from None
+            raise ValueError(f"tokenizer {name!r} has no plugin. Write `{name}: {{plugin: …}}`.") from None
         folder = arguments.pop("folder", None)
         if folder is not None and arguments:
-            raise ValueError(f"tokenizer {name!r}: `folder` holds all its settings; remove {', '.join(arguments)}")
+            raise ValueError(
+                f"tokenizer {name!r}: The folder already contains all settings. Remove {', '.join(arguments)}."
+            )
         try:
             tokenizers[name] = cls.load(Path(folder)) if folder is not None else cls(**arguments)
         except TypeError as error:

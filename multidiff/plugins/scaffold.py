@@ -1,4 +1,4 @@
-"""A small complete tokenizer package to start from: the template beside this file, a working plugin, renamed."""
+"""Writes a package for a new tokenizer plugin: a renamed copy of the template beside this file, which works."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from multidiff.files import whole_folder
 from multidiff.plugins import registry
 
 TEMPLATE = Path(__file__).parent / "template"
-_NAME = "series"  # the template's own
+_NAME = "series"  # the name of the template's plugin
 
 
 def write_package(name: str, folder: Path) -> Path:
     """Write a package `multidiff_<name>` with the plugin `name` into `folder`.
 
     Raises:
-        ValueError: a name that cannot be one or is taken, or a folder that exists or cannot be written.
+        ValueError: the name is invalid or in use, or the folder exists or cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise ValueError(f"{name!r} cannot be a plugin's name: use small letters, digits and _, a letter first")
+        raise ValueError(
+            f"{name!r} cannot be the name of a plugin. Use lower-case letters, digits and _, and start with a letter."
+        )
     if name == "text":
-        raise ValueError("training.yaml calls the text beside it 'text'; choose another name")
+        raise ValueError("'text' is the name of the text tokenizer in training.yaml. Choose another name.")
     if name in registry.names():
-        raise ValueError(f"a plugin called {name!r} is installed already; choose another name")
+        raise ValueError(f"A plugin called {name!r} is already installed. Choose another name.")
     if folder.exists():
-        raise ValueError(f"{folder} exists; name another folder with --output")
+        raise ValueError(f"{folder} already exists. Choose another folder with --output.")
     with whole_folder(folder, replace=False) as beside:
         for file in sorted(TEMPLATE.rglob("*")):
             if file.is_file() and file.suffix != ".pyc":

@@ -224,7 +224,7 @@ def test_an_edited_card_survives_every_save_and_a_generated_one_follows_the_mode
 
 
 SETTINGS = {
-    "temperature nan must be a number|NaN is not a number": {"temperature": math.nan},
+    "temperature nan must be a number|NaN is not a JSON number": {"temperature": math.nan},
     "temperature 1e-320 must be 0, which is greedy": {"temperature": 1e-320},
     "guidance_scale 1e[+]308 must be": {"guidance_scale": 1e308},
     "no tokenizer is called 'smell'": {"guidance_scale": {"smell": 2}},

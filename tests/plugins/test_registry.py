@@ -87,16 +87,16 @@ def test_an_installed_plugin_is_found_built_and_named(walks, tmp_path):
 
 def test_a_name_that_two_plugins_claim_is_an_error(walks, install):
     install("running", {"walks": "running:Walks"})
-    with pytest.raises(ValueError, match="two plugins are called 'walks'") as caught:
+    with pytest.raises(ValueError, match="Two plugins are called 'walks'") as caught:
         registry.installed()
     assert "walking_plugin:Walks of walking 1.2" in str(caught.value)
     assert "running:Walks of running 1.2" in str(caught.value)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(walks):
-    with pytest.raises(ValueError, match=r"no tokenizer plugin is called 'walk'; did you mean 'walks'\?"):
+    with pytest.raises(ValueError, match=r"There is no tokenizer plugin 'walk'. Did you mean 'walks'\?"):
         plugins.load("walk")
-    with pytest.raises(ValueError, match=r"'zzzz'; installed: bpe, .*walks"):
+    with pytest.raises(ValueError, match=r"'zzzz'. The installed plugins are bpe, .*walks"):
         plugins.load("zzzz")
 
 
@@ -127,7 +127,7 @@ def test_a_survey_tries_every_plugin_by_itself(walks, install, capsys):
     assert "no licence" in found["leaving", "leaving"].problem
     assert found["needs", "needing"] == plugins.Report("needs", "needing", "1.2", "walk")
     assert "running:Walks of running 1.2 has the same name" in found["walks", "walking"].problem
-    assert "abstract_plugin:Half of abstract 1.2) is abstract: it does not have canvas, decode" in (
+    assert "abstract_plugin:Half of abstract 1.2) is abstract: it lacks canvas, decode" in (
         found["half", "abstract"].problem
     )
     assert next(report for report in found.values() if report.name == "bpe").problem is None
@@ -138,7 +138,7 @@ def test_a_survey_tries_every_plugin_by_itself(walks, install, capsys):
     assert printed.err.startswith("multidiff: These plugins do not work: broken, half, leaving, walks, walks. ")
     lines = {line.split()[0]: line for line in printed.out.splitlines()}
     assert lines["broken"].split()[1:4] == ["?", "broken", "1.2"]
-    assert "does not import" in lines["broken"]
+    assert "cannot be imported" in lines["broken"]
     assert lines["half"].split()[1:4] == ["?", "abstract", "1.2"]
     assert lines["needs"].split()[1:] == ["walk", "needing", "1.2", "works"]
 
@@ -151,8 +151,11 @@ def test_a_class_without_an_entry_point_has_no_name():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({}, "'path' names no plugin"),
-        ({"plugin": "walks", "folder": "x", "scale": 2.0}, "'path': `folder` holds all its settings; remove scale"),
+        ({}, "'path' has no plugin"),
+        (
+            {"plugin": "walks", "folder": "x", "scale": 2.0},
+            "'path': The folder already contains all settings. Remove scale",
+        ),
         ({"plugin": "walks", "sclae": 2.0}, r"'path' \(plugin 'walks'\): .*sclae"),
     ],
 )
@@ -169,6 +172,6 @@ def test_a_name_that_cannot_be_is_refused(name, tmp_path):
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):
-    with pytest.raises(ValueError, match="exists; name another folder"):
+    with pytest.raises(ValueError, match=r"already exists\. Choose another folder"):
         write_package("tide", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -310,7 +310,7 @@ def without_the_first(state):
     [
         ("dac", lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
         ("dac", lambda folder: (folder / "config.json").write_text("{"), r"config\.json is damaged"),
-        ("dac", lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must hold a JSON object"),
+        ("dac", lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must contain a JSON object"),
         ("dac", lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
         (
             "dac",

@@ -322,7 +322,7 @@ def break_weights(folder, change):
         (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
         (lambda folder: os.truncate(folder / "model.safetensors", 500), r"model\.safetensors is truncated, damaged"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must hold a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must contain a JSON object"),
         (lambda folder: break_config(folder, foreign=1), r"config\.json.*unknown \['foreign'\]"),
         (lambda folder: break_config(folder, codebook_size=15), "no power of two"),
         (lambda folder: break_config(folder, dimension="wide"), "dimension of a codec cannot be 'wide'"),

@@ -366,7 +366,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.tensor([1.0, torch.nan])}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors: tensor a holds NaN"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor a contains NaN"):
         read_weights(tmp_path / "model.safetensors")
 
 

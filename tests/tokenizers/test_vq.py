@@ -442,7 +442,7 @@ def test_weights_must_be_a_preset_or_a_folder(tmp_path):
         ),
         ({"_class_name": "VQModel", **arguments(num_vq_embeddings=10**12)}, r"not \[1000000000000, 4\]"),
         ({"_class_name": "VQModel", **arguments(latent_channels=10**30)}, "VQModel cannot be built from it"),
-        ([], "must hold a JSON object, not list"),
+        ([], "must contain a JSON object, not list"),
     ],
 )
 def test_foreign_configurations_are_refused(broken, content, words):
@@ -484,7 +484,7 @@ def test_weights_that_are_not_finite_are_refused(broken):
     tensors = load_file(broken / WEIGHTS)
     tensors["encoder.conv_in.bias"][0] = math.nan
     save_file(tensors, broken / WEIGHTS)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS}: tensor encoder\.conv_in\.bias holds NaN"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: tensor encoder\.conv_in\.bias contains NaN"):
         VQTokenizer.load(broken)
 
 

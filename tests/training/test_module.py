@@ -311,7 +311,7 @@ def test_bad_settings_are_refused(tmp_path):
         data_of(tmp_path, batch_size=0)
     with pytest.raises(ValueError, match="did you mean 'bpe'"):
         DocumentDataModule(str(tmp_path), {"text": {"plugin": "bp"}})
-    with pytest.raises(ValueError, match="names no plugin"):
+    with pytest.raises(ValueError, match="has no plugin"):
         DocumentDataModule(str(tmp_path), {"text": {}})
 
 

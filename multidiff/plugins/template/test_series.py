@@ -16,5 +16,5 @@ def test_numbers_come_back_rounded():
 
 @pytest.mark.parametrize("item", [[2.0], [float("nan")], ["a"], 7])
 def test_what_is_no_signal_is_refused(item):
-    with pytest.raises(ItemError, match=r"list of numbers|numbers go from"):
+    with pytest.raises(ItemError, match=r"list of numbers|numbers must be from"):
         SeriesTokenizer().encode([item])

@@ -1,4 +1,4 @@
-"""Signals: one number after another, each rounded to one of a few steps.
+"""Tokenizes signals, which are lists of numbers. Each number is rounded to one of a few steps.
 
 Shape suffixes: N codes of one signal, 3 axes.
 """
@@ -17,13 +17,13 @@ from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 
 
 class SeriesTokenizer(ModalityTokenizer):
-    """Signals to codes: one code a number.
+    """Encodes each number of a signal as one code.
 
-    An item is a list of numbers from `low` to `high`; a file holds one a line.
+    An item is a list of numbers from `low` to `high`. A file contains one number per line.
 
     Args:
-        steps: how many numbers there are to round to.
-        low, high: the least and the greatest of them.
+        steps: the number of values to round to.
+        low, high: the smallest and the largest value.
     """
 
     modality = "series"
@@ -31,7 +31,7 @@ class SeriesTokenizer(ModalityTokenizer):
 
     def __init__(self, steps: int = 256, low: float = -1.0, high: float = 1.0):
         if steps < 2 or not low < high:
-            raise ValueError(f"steps {steps} must be at least 2, and low {low} less than high {high}")
+            raise ValueError(f"steps must be at least 2 and low less than high, got {steps}, {low} and {high}")
         self.settings = {"steps": steps, "low": low, "high": high}
         self.low, self.step = low, (high - low) / (steps - 1)
         self.codebook_sizes = (steps,)
@@ -44,7 +44,7 @@ class SeriesTokenizer(ModalityTokenizer):
 
     def canvas(self, samples: int = 32) -> Codes:
         if samples < 0:
-            raise ValueError(f"a signal of {samples} samples does not exist; the shortest has 0")
+            raise ValueError(f"a signal cannot have {samples} samples; the smallest number is 0")
         place_N = torch.arange(samples)
         zero_N = torch.zeros_like(place_N)
         return Codes(zero_N, zero_N, torch.stack([place_N, zero_N, zero_N], dim=1), {"samples": samples})
@@ -54,7 +54,7 @@ class SeriesTokenizer(ModalityTokenizer):
         try:
             return [float(line) for line in path.read_text(encoding="utf-8").split()]
         except (OSError, ValueError) as error:
-            raise ItemError(f"{path} is no file of one number a line: {error}") from None
+            raise ItemError(f"{path} must contain one number per line: {error}") from None
 
     def write(self, item: list[float], stem: Path) -> Path:
         path = stem.with_name(stem.name + ".csv")
@@ -62,7 +62,7 @@ class SeriesTokenizer(ModalityTokenizer):
         return path
 
     def preview(self, item: list[float]) -> Image.Image:
-        """Its curve, four pixels a number."""
+        """The curve of the signal, with four pixels per number."""
         picture = Image.new("L", (4 * max(2, len(item)), 96), "white")
         scale = 95 / (self.step * (self.codebook_sizes[0] - 1))
         points = [(4 * place, 95 - scale * (number - self.low)) for place, number in enumerate(item)]
@@ -88,16 +88,16 @@ class SeriesTokenizer(ModalityTokenizer):
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no saved tokenizer of this kind: {error}") from None
+            raise ValueError(f"{path} is missing, damaged, or not a SeriesTokenizer: {error}") from None
 
     def _encode(self, item: Any) -> Codes:
         try:
             number_N = torch.tensor(item, dtype=torch.float64).reshape(len(item))
         except (TypeError, ValueError, RuntimeError):
-            raise ItemError(f"a signal is a list of numbers, not {item!r:.60}") from None
+            raise ItemError(f"a signal must be a list of numbers, not {item!r:.60}") from None
         codes = self.canvas(len(number_N))
         ids_N = ((number_N - self.low) / self.step).round()
         if not ((ids_N >= 0) & (ids_N < self.codebook_sizes[0])).all():
-            raise ItemError(f"numbers go from {self.settings['low']} to {self.settings['high']}: {item!r:.60}")
+            raise ItemError(f"numbers must be from {self.settings['low']} to {self.settings['high']}: {item!r:.60}")
         codes.ids_N = ids_N.long()
         return codes
