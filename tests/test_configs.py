@@ -107,7 +107,7 @@ def test_a_preset_alone_decides_what_is_trained(data, tmp_path, monkeypatch):
     tokenizer = VQTokenizer("runs/vq_openmoji/tokenizer")
     assert (tokenizer.mode, tokenizer.canvas().size) == ("RGB", {"height": 64, "width": 64})
     assert len(tokenizer.encode([tokenizer.read("0.png", data)])[0]) == 64
-    with pytest.raises(SystemExit, match="channels: 1, and preset 'rgb-64' has 3: leave channels out"):
+    with pytest.raises(SystemExit, match=r"channels 1, but preset 'rgb-64' has 3\. Remove channels"):
         main(["fit", "--config", config, *arguments, "--data.init_args.channels", "1", "--overwrite", "true"])
 
 

@@ -141,8 +141,8 @@ def test_a_perceptual_loss_reads_its_backbone_from_a_file_and_nothing_else(tmp_p
     torch.save({"features.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
     torch.save({"run": print}, tmp_path / "code.pth")
     for name, words in {
-        "cut.pth": "cannot be read", "cut.safetensors": "cannot be read", "other.pth": "no VGG-16",
-        "code.pth": "not loaded", "none.pth": "no such file",
+        "cut.pth": "cannot be read", "cut.safetensors": "cannot be read", "other.pth": "is not torchvision's VGG-16",
+        "code.pth": "not loaded", "none.pth": "does not exist",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}.*{words}"):
             PerceptualLoss(str(tmp_path / name))

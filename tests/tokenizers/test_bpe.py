@@ -71,7 +71,7 @@ def test_characters_have_a_code_each_and_others_are_spelled_in_bytes():
     ("arguments", "fault"),
     [
         ({"preset": "characters"}, "--preset characters --data PATH"),
-        ({"preset": "words"}, "no preset is called 'words'; there are 'bytes' and 'characters'"),
+        ({"preset": "words"}, "there is no preset 'words'; the presets are 'bytes' and 'characters'"),
         ({"preset": "bytes", "file": "tokenizer.json"}, "exclude each other"),
     ],
 )
@@ -199,7 +199,7 @@ def test_command_trains_characters(data, tmp_path, capsys):
     (tmp_path / "words.txt").write_text("Größe\n", encoding="utf-8")
     fingerprint = _trained_on(tmp_path, "--data", data, tmp_path / "words.txt", "--preset", "characters")
     assert fingerprint == BPETokenizer.train_characters(["seven seven", "Größe\n"]).fingerprint
-    assert "1.00 characters a code" in capsys.readouterr().out
+    assert "1.00 characters per code" in capsys.readouterr().out
     for wrong, fault in (
         (["--vocab-size", "300", "--preset", "characters"], "not allowed with"),
         ([], "one of the arguments --vocab-size --preset is required"),
@@ -235,27 +235,27 @@ def test_command_says_what_is_wrong_with_its_data(data, tmp_path, capsys):
     DatasetDict(test=rows).save_to_disk(tmp_path / "test")
     (number / "metadata.jsonl").write_text('\n{"segments": [{"text": 7}]}', encoding="utf-8")
     for arguments, fault in [
-        ([data, "--key", "speech"], "has no 'speech'; choose a --key of: image, text, title"),
+        ([data, "--key", "speech"], "has no 'speech'. Choose a --key from image, text, title"),
         ([number], "metadata.jsonl, line 2: 'text' must be a string"),
-        ([tmp_path / "latin.txt"], "latin.txt is no UTF-8 text"),
-        ([tmp_path / "empty.txt"], "empty.txt: there is no text"),
+        ([tmp_path / "latin.txt"], "latin.txt is not UTF-8 text"),
+        ([tmp_path / "empty.txt"], "empty.txt: There is no text"),
         ([tmp_path / "missing.txt"], "missing.txt"),
         ([tmp_path / "missing.parquet"], "missing.parquet"),
-        ([tmp_path / "folder"], "folder is neither a data folder (no metadata.jsonl) nor a dataset saved by"),
-        ([tmp_path / "half.jsonl"], "half.jsonl, line 1: text '\\ud83d' holds half of a surrogate pair"),
+        ([tmp_path / "folder"], "folder is neither a data folder (it has no metadata.jsonl) nor a dataset saved by"),
+        ([tmp_path / "half.jsonl"], "half.jsonl, line 1: text '\\ud83d' has half of a surrogate pair"),
         ([tmp_path / "word.jsonl"], 'word.jsonl, line 2: expected an object, {"text": "…"}'),
-        ([tmp_path / "title.jsonl"], "title.jsonl, line 1 has no 'text'; choose a --key of: title"),
+        ([tmp_path / "title.jsonl"], "title.jsonl, line 1 has no 'text'. Choose a --key from title"),
         ([tmp_path / "none.jsonl"], "none.jsonl, line 2: 'text' must be a string, not None"),
         ([tmp_path / "cut.jsonl"], "cut.jsonl, line 2: not JSON"),
-        ([tmp_path / "cut.parquet"], "cut.parquet is damaged or no Parquet file"),
+        ([tmp_path / "cut.parquet"], "cut.parquet is damaged or not a Parquet file"),
         ([tmp_path / "zeros.parquet"], "zeros.parquet is damaged"),
         ([tmp_path / "rows.parquet"], "rows.parquet, row 1: 'text' must be a string, not None"),
-        ([tmp_path / "rows.parquet", "--key", "words"], "rows.parquet has no 'words'; choose a --key of: text, title"),
+        ([tmp_path / "rows.parquet", "--key", "words"], "rows.parquet has no 'words'. Choose a --key from text, title"),
         ([tmp_path / "rows.parquet", "--key", "title"], "rows.parquet, row 0: 'title' must be a string, not 1"),
         ([tmp_path / "rows"], "rows, row 1: 'text' must be a string, not None"),
-        ([tmp_path / "rows", "--key", "words"], "rows has no 'words'; choose a --key of: text, title"),
-        ([tmp_path / "damaged"], "damaged is a damaged dataset"),
-        ([tmp_path / "test"], "test has no train split; name the folder of one of its splits"),
+        ([tmp_path / "rows", "--key", "words"], "rows has no 'words'. Choose a --key from text, title"),
+        ([tmp_path / "damaged"], "damaged is damaged"),
+        ([tmp_path / "test"], "test has no train split. Give the folder of one of its splits"),
         ([data, "--vocab-size", "12"], "at least 256"),
     ]:
         with pytest.raises(SystemExit, match="2"):

@@ -207,7 +207,7 @@ def test_a_special_token_that_merges_could_make_is_not_made(written):
 def test_where_words_have_no_spelling_special_ones_have_no_code(written):
     words = BPETokenizer(str(written(_words())))
     for word in ("[CLS]", "[UNK]"):
-        with pytest.raises(ItemError, match=r"holds '\[' at character 4, "):
+        with pytest.raises(ItemError, match=r"has '\[' at character 4, "):
             words.encode([f"the {word}"])
     ours = BPETokenizer(str(written(_bert())))
     assert ours.decode(ours.encode(["[CLS] seven"])) == ["[ cls ] seven"]
@@ -252,7 +252,7 @@ def test_a_character_without_a_code_is_named(written, make, text, piece, place):
     path = written(make())
     with pytest.raises(ItemError) as caught:
         BPETokenizer(str(path)).encode(["the", text] if make is not _bases else ["A", text])
-    assert f"holds {piece!r} at character {place}, for which {path} has no code" in str(caught.value)
+    assert f"has {piece!r} at character {place}, for which {path} has no code" in str(caught.value)
 
 
 @pytest.mark.parametrize("make", [_gpt, _llama, _unigram_bytes, _bert], ids=lambda make: make.__name__[1:])
@@ -307,19 +307,19 @@ def _only_special(state):
 @pytest.mark.parametrize(
     ("make", "change", "fault"),
     [
-        (_gpt, _without_bytes(0x0A), "lacks 1 of the 243 bytes that texts are made of, first 'Ċ' for byte 0x0A"),
+        (_gpt, _without_bytes(0x0A), "lacks 1 of the 243 bytes of UTF-8 text, first 'Ċ' for byte 0x0A"),
         (_llama, lambda state: _rename(state, "<0x0A>"), "lacks 1 of the 243 .* '<0x0A>' for byte 0x0A"),
         (_unigram, lambda state: state["model"].update(byte_fallback=True), "lacks 243 of the 243 bytes .*'<0x00>'"),
-        (_llama, lambda state: _rename(state, "<unk>"), "unknown token '<unk>' is not in its vocabulary"),
-        (_bert, lambda state: _rename(state, "[UNK]"), r"unknown token '\[UNK\]' is not in its vocabulary"),
-        (_words, lambda state: _rename(state, "[UNK]"), r"unknown token '\[UNK\]' is not in its vocabulary"),
+        (_llama, lambda state: _rename(state, "<unk>"), "unknown token '<unk>' is not in the vocabulary"),
+        (_bert, lambda state: _rename(state, "[UNK]"), r"unknown token '\[UNK\]' is not in the vocabulary"),
+        (_words, lambda state: _rename(state, "[UNK]"), r"unknown token '\[UNK\]' is not in the vocabulary"),
         (_unigram, lambda state: state["model"].update(unk_id=999), "damaged"),
-        (_words, _only_special, "holds no tokens, or special ones only"),
-        (_gpt, lambda state: state["model"].update(dropout=0.1), "drop out at random"),
+        (_words, _only_special, "has no tokens, or only special tokens"),
+        (_gpt, lambda state: state["model"].update(dropout=0.1), "uses dropout, which makes encoding random"),
         (_gpt, lambda state: state["model"]["merges"].append(["no", "such pair"]), "damaged"),
         (_gpt, lambda state: state.pop("model"), "damaged"),
         (_gpt, lambda state: state["model"]["vocab"].update({"é": 7}), "tokens .* have the same id 7"),
-        (_words, lambda state: state["model"]["vocab"].update({"x": 2**32 - 1}), "'x' has id 4294967295, though"),
+        (_words, lambda state: state["model"]["vocab"].update({"x": 2**32 - 1}), "'x' has id 4294967295, but there"),
         (_bert, lambda state: state.update(normalizer=_PANICS), "damaged"),
         (_gpt, lambda state: state.update(decoder=None), "does not read what it writes: 'seven' came back as"),
         (_gpt, lambda state: state["added_tokens"].append(_added("é", 305, special=False)), "added token 'é'"),
@@ -338,13 +338,13 @@ def test_a_file_with_a_fault_is_refused(written, make, change, fault):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b"", "damaged or no tokenizer.json"),
-        (json.dumps(_gpt()).encode()[:2000], "damaged or no tokenizer.json"),
+        (b"", "damaged or not a Hugging Face tokenizer.json"),
+        (json.dumps(_gpt()).encode()[:2000], "damaged or not a Hugging Face tokenizer.json"),
         (b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02\xff", "is not UTF-8 text"),
         (b'{"tokenizer_class": "LlamaTokenizer"}', r"AutoTokenizer\.from_pretrained"),
-        (b'{"a": 0, "b": 1}', "damaged or no tokenizer.json"),
-        (b"[1, 2]", "damaged or no tokenizer.json"),
-        (b'{"normalizer":' * 100_000, "damaged or no tokenizer.json"),
+        (b'{"a": 0, "b": 1}', "damaged or not a Hugging Face tokenizer.json"),
+        (b"[1, 2]", "damaged or not a Hugging Face tokenizer.json"),
+        (b'{"normalizer":' * 100_000, "damaged or not a Hugging Face tokenizer.json"),
     ],
     ids=["empty", "truncated", "sentencepiece", "config", "vocabulary", "list", "nested"],
 )
@@ -354,7 +354,7 @@ def test_what_is_no_tokenizer_json_is_refused(tmp_path, content, fault):
     with pytest.raises(ValueError, match=fault) as caught:
         BPETokenizer.load(tmp_path)
     assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match=r"is a folder; name the tokenizer\.json in it"):
+    with pytest.raises(ValueError, match=r"is a folder\. Give the tokenizer\.json in it"):
         BPETokenizer(str(tmp_path))
     with pytest.raises(ValueError, match=r"missing\.json does not exist"):
         BPETokenizer(str(tmp_path / "missing.json"))

@@ -309,7 +309,7 @@ def test_bad_settings_are_refused(tmp_path):
         DocumentDataModule(str(tmp_path), {"image": {"plugin": "vq"}}, max_eos_padding={"image": 3})
     with pytest.raises(ValueError, match="batch_size 0"):
         data_of(tmp_path, batch_size=0)
-    with pytest.raises(ValueError, match="did you mean 'bpe'"):
+    with pytest.raises(ValueError, match="Did you mean 'bpe'"):
         DocumentDataModule(str(tmp_path), {"text": {"plugin": "bp"}})
     with pytest.raises(ValueError, match="has no plugin"):
         DocumentDataModule(str(tmp_path), {"text": {}})

@@ -1,1 +1,1 @@
-"""What trained tokenizers of pictures and of sounds share: codebooks that stay in use, and an adversary."""
+"""Training code that the image and audio tokenizers share: codebooks that stay in use, and a discriminator."""

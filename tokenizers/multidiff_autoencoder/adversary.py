@@ -1,12 +1,12 @@
-"""An adversary for an autoencoder: a discriminator that learns to tell restored items from real ones.
+"""Adversarial training of an autoencoder, against a discriminator that learns to tell restored items from real ones.
 
-Both are trained in the same step, by one optimizer with a group of parameters each: the autoencoder against a
-discriminator that `frozen` holds still, the discriminator on restored items without gradient. Losses are hinges:
+Both are trained in the same step, by one optimizer with a parameter group for each. The autoencoder is trained against
+a `frozen` discriminator, and the discriminator on detached restored items. The losses are hinge losses,
 
     discriminator: mean relu(1 - D(x)) + mean relu(1 + D(x̂))        autoencoder: -mean D(x̂)
 
 averaged over the discriminator's scales (Lim & Ye 2017, "Geometric GAN", arXiv:1705.02894; Esser et al. 2021, "Taming
-transformers", arXiv:2012.09841). Feature matching and balancer are those of Défossez et al. 2022, "High fidelity neural
+transformers", arXiv:2012.09841). Feature matching and the balancer follow Défossez et al. 2022, "High fidelity neural
 audio compression", arXiv:2210.13438, section 3.4.
 """
 
@@ -32,8 +32,10 @@ def adversarial_loss(restored: Sequence[Tensor]) -> Tensor:
 
 
 def feature_matching(real: Sequence[Sequence[Tensor]], restored: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Mean over scales and layers of |f(x̂) - f(x)| / mean |f(x)|, f the discriminator's features; no gradient goes to
-    those of real items."""
+    """The mean over scales and layers of |f(x̂) - f(x)| / mean |f(x)|, where f are the discriminator's features.
+
+    The features of real items get no gradient.
+    """
     parts = [
         F.l1_loss(f, r.detach()) / r.detach().abs().mean().clamp_min(1e-6)
         for real_layers, restored_layers in zip(real, restored, strict=True)
@@ -43,8 +45,11 @@ def feature_matching(real: Sequence[Sequence[Tensor]], restored: Sequence[Sequen
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """‖∇ reconstruction‖ / ‖∇ adversarial‖ at the weights of the decoder's last layer, at most 10⁴: with it both pull
-    equally hard (Esser et al. 2021, eq. 7)."""
+    """‖∇ reconstruction‖ / ‖∇ adversarial‖ at the weights of the decoder's last layer, at most 10⁴.
+
+    Times this weight, the adversarial loss has a gradient as large as that of the reconstruction loss (Esser et al.
+    2021, eq. 7).
+    """
     one, other = (
         torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     )
@@ -53,7 +58,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, what runs through `module` sends no gradient to its parameters."""
+    """Give the parameters of `module` no gradient inside the block."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -65,15 +70,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class Balancer(nn.Module):
-    """Weighs losses by the size of their gradients at the output: a weight says a loss' share, whatever its scale.
+    """Balances losses by the norms of their gradients at the output, so that their scales do not matter:
 
         g = Σᵢ λᵢ / Σⱼ λⱼ · gᵢ / ⟨‖gᵢ‖⟩
 
-    gᵢ: gradient of loss i at the output, ⟨·⟩: moving average over the steps in which the loss took part.
+    Here gᵢ is the gradient of loss i at the output, and ⟨·⟩ the moving average over the steps that use the loss.
 
     Args:
         weights: λ by name of the loss.
-        decay: of the moving averages, per step.
+        decay: the decay of the moving averages per step.
     """
 
     norm_I: Tensor
@@ -86,11 +91,11 @@ class Balancer(nn.Module):
         self.register_buffer("steps_I", torch.zeros(len(self.weights)))
 
     def forward(self, losses: Mapping[str, Tensor], output: Tensor) -> Tensor:
-        """A scalar whose gradient at `output` is g: it is to be differentiated; its value says nothing.
+        """A scalar whose gradient at `output` is g. Its value has no meaning.
 
         Args:
-            losses: scalars by name, some or all of `weights`, each a function of `output`.
-            output: what the autoencoder restored, [B, …].
+            losses: scalars by name, each a function of `output`. Losses of `weights` may be missing.
+            output: the restored items, [B, …].
         """
         total = sum(self.weights[name] for name in losses)
         balanced = torch.zeros_like(output)
@@ -101,6 +106,6 @@ class Balancer(nn.Module):
             norm = gradient.flatten(1).norm(dim=1).mean()
             self.steps_I[place] += 1
             self.norm_I[place].lerp_(norm, 1 - self.decay)
-            average = self.norm_I[place] / (1 - self.decay ** self.steps_I[place])  # as Adam corrects its start
+            average = self.norm_I[place] / (1 - self.decay ** self.steps_I[place])  # bias correction, as in Adam
             balanced += weight / total * gradient / average.clamp_min(1e-12)
         return (output * balanced).sum()

@@ -1,10 +1,10 @@
-"""A codebook in training: what an encoder's latents are rounded to.
+"""A codebook in training. Each latent of an encoder is rounded to its nearest code.
 
-Learning codes by gradient lets them fall out of use: a code that nobody chooses has none. Here
+If codes are learned by gradient, unused codes get no gradient and stay unused. Here
 
-- a codebook starts as k-means centres;
-- each code follows the moving average of what chose it (van den Oord et al. 2017, appendix A.1);
-- a code that falls out of use moves to a latent that is badly served (drawn in proportion to squared distance).
+- a codebook is initialized by k-means;
+- each code follows the moving average of the latents that choose it (van den Oord et al. 2017, appendix A.1);
+- an unused code moves to a random latent, drawn in proportion to the squared distance from its nearest code.
 
 Shape suffixes: N latents, V codes, D width.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Codebook:
-    """A view of the tensors that hold a codebook; what changes, changes in them.
+    """A view of the tensors of a codebook. Updates change these tensors in place.
 
     Attributes:
         codes_VD: the codes.
-        count_V: moving average of how many latents of a batch choose each; all 0 until the codebook has been started.
-        sum_VD: moving average of the sum of these latents.
+        count_V: the moving average of the number of latents per batch that choose each code; all 0 before `start`.
+        sum_VD: the moving average of the sum of these latents.
     """
 
     codes_VD: Tensor
@@ -36,17 +36,23 @@ class Codebook:
 
     @property
     def started(self) -> bool:
-        """Whether the codes are set."""
+        """Whether the codes have been initialized."""
         return bool(self.count_V.any())
 
     def nearest(self, latents_ND: Tensor) -> Tensor:
-        """The code next to each latent, [N, D]."""
+        """The nearest code of each latent, [N, D]."""
         with torch.no_grad():
             return self.codes_VD[torch.cdist(latents_ND, self.codes_VD).argmin(1)]
 
     @torch.no_grad()
     def start(self, latents_ND: Tensor, generator: torch.Generator, batches: int = 1) -> None:
-        """k-means: 10 rounds from random latents, those of so many batches."""
+        """Initialize the codes by 10 rounds of k-means, starting from random latents.
+
+        Args:
+            latents_ND: the latents of one batch or of several.
+            generator: draws the random latents.
+            batches: the number of batches.
+        """
         self.codes_VD.copy_(latents_ND[_draw(torch.ones(len(latents_ND)), len(self), generator)])
         for _ in range(10):
             count_V, sum_VD, distance_N = self._assign(latents_ND)
@@ -58,7 +64,7 @@ class Codebook:
 
     @torch.no_grad()
     def follow(self, latents_ND: Tensor, decay: float, revive_below: float, generator: torch.Generator) -> None:
-        """One step of the moving averages; a code with less than `revive_below` of the average use moves elsewhere."""
+        """Update the moving averages, and move each code that is used less than `revive_below` times the average."""
         count_V, sum_VD, distance_N = self._assign(latents_ND)
         self.count_V.lerp_(count_V, 1 - decay)
         self.sum_VD.lerp_(sum_VD, 1 - decay)
@@ -71,25 +77,25 @@ class Codebook:
             self.sum_VD[dead_V] = self.codes_VD[dead_V] * average
 
     def _assign(self, latents_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How many latents choose each code, their sum, and how far each is from its code."""
+        """The number of latents that choose each code, their sum, and the distance of each latent from its code."""
         distance_N, ids_N = torch.cdist(latents_ND, self.codes_VD).min(1)
         count_V = torch.bincount(ids_N, minlength=len(self)).float()
         return count_V, torch.zeros_like(self.codes_VD).index_add_(0, ids_N, latents_ND), distance_N
 
 
 def usage(count_V: Tensor, above: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Share of codes in use, and perplexity: exp of the entropy of their use, V at best.
+    """The share of codes in use, and the perplexity exp(-Σ_v p_v ln p_v), which is at most V.
 
     Args:
         count_V: how often each code was chosen.
-        above: a code is in use above this share of the average use; moving averages never reach 0.
+        above: a code counts as used if its count is more than `above` times the average. Moving averages never reach 0.
     """
     share_V = count_V / count_V.sum().clamp_min(1e-9)
     return (share_V > above / len(share_V)).float().mean(), torch.special.entr(share_V).sum().exp()
 
 
 def _draw(weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` indices in proportion to weight, with replacement; drawn on the CPU, alike on every kind of device."""
+    """`count` indices, drawn with replacement in proportion to their weights. The CPU draws them, for all devices."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
     return torch.multinomial(weight_N.cpu() + 1e-12, count, replacement=True, generator=generator)

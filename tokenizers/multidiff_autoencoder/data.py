@@ -1,4 +1,4 @@
-"""The files of a data folder on which an autoencoder is trained."""
+"""The files in a data folder that an autoencoder is trained on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from multidiff.data.folder import read_metadata
 
 
 def paths_of(folder: Path, name: str, split: str) -> list[Path]:
-    """The files that the segments called `name` of a split name, each once.
+    """The files of all segments `name` in a split, without duplicates.
 
     Raises:
-        ValueError: there is none, or a segment does not name a file; names `metadata.jsonl` and the line.
+        ValueError: there is none, or a segment is not a path; the message names `metadata.jsonl` and the line.
     """
     metadata = folder / "metadata.jsonl"
     paths: dict[Path, None] = {}

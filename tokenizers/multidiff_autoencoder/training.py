@@ -1,4 +1,4 @@
-"""What the training of every autoencoder with a codebook shares: optimizer, schedule, clipping, the adversary's turn.
+"""Base class for training an autoencoder with a codebook: optimizer, schedule, clipping and discriminator.
 
 Shape suffixes: N latents, D width.
 """
@@ -25,30 +25,31 @@ from multidiff.training.optimizer import MuonAdamW
 
 
 class AutoencoderTraining(LightningModule, ABC):
-    """Base of the trainings of tokenizers; a subclass sets `self.model`, and `self.discriminator` where it has one.
+    """Base class for training a tokenizer. A subclass sets `self.model`, and may set `self.discriminator`.
 
-    A training that has come to its end writes the tokenizer, also one that was resumed there; an interrupted one does
-    not.
+    The tokenizer is written when the training reaches its end, also if it was resumed there. An interrupted training
+    writes none.
 
     Args:
-        folder: where the trained tokenizer goes.
-        learning_rate: peak; linear warm-up, then a cosine down to 0 at the end of the training.
-        muon: Muon for weights of at least 8 rows and 8 columns (of a convolution [first axis, all others]; the first
-            layer may be among them) and AdamW for the rest of the autoencoder, as `multidiff.training.MuonAdamW` has
-            them; AdamW for all otherwise. Muon bears several times AdamW's learning rate.
-        momentum: AdamW's first β; the second is 0.99, Muon's momentum 0.95.
-        warmup_steps: length of the warm-up.
-        weight_decay: of the autoencoder, decoupled.
-        commitment: weight of the pull of latents towards their codes.
-        continuous_steps: steps before a learned codebook comes in, so that there is something worth clustering.
-        codebook_decay: of the codebook's moving averages, per step.
-        revive_below: a code used less than this share of the average use is moved ...
-        revive_until: ... in this first share of the training, so that the rest can settle.
-        adversary: weight of the discriminator; 0 trains none.
-        adversary_from: share of the training after which it sets in.
-        adversary_learning_rate: AdamW's for the discriminator, constant: when it sets in, the other has come down.
-        half_precision: write the weights as float16, in half the bytes; they are read as float32 all the same.
-        seed: decides everything that the trainer's `seed_everything` does not.
+        folder: Folder for the trained tokenizer.
+        learning_rate: Peak learning rate, after a linear warm-up. A cosine takes it to 0 at the end of the training.
+        muon: Train weights of at least 8 rows and 8 columns with Muon, and the rest with AdamW; see
+            `multidiff.training.MuonAdamW`. A convolution counts as a matrix [first axis, all others], and the first
+            layer may be included. If false, AdamW trains everything. Muon tolerates a learning rate several times as
+            large as AdamW's.
+        momentum: First β of AdamW. The second is 0.99, and Muon's momentum is 0.95.
+        warmup_steps: Number of steps of the warm-up.
+        weight_decay: Decoupled weight decay of the autoencoder.
+        commitment: Weight of the commitment loss, which pulls latents towards their codes.
+        continuous_steps: Number of steps without a codebook at the start. Then the latents are worth clustering.
+        codebook_decay: Decay of the codebook's moving averages per step.
+        revive_below: Move codes that are used less than this fraction of the average.
+        revive_until: Fraction of the training after which no code is moved any more.
+        adversary: Weight of the adversarial loss; 0 trains no discriminator.
+        adversary_from: Fraction of the training after which the adversarial loss is used.
+        adversary_learning_rate: Constant learning rate of the discriminator, which AdamW trains.
+        half_precision: Write the weights as float16 to halve their size. They are read as float32.
+        seed: Random seed for everything that the trainer's `seed_everything` does not cover.
     """
 
     model: nn.Module
@@ -75,7 +76,9 @@ class AutoencoderTraining(LightningModule, ABC):
     ):
         super().__init__()
         if adversary < 0 or not 0 <= adversary_from <= 1:
-            raise ValueError(f"adversary {adversary} must be 0 or more, adversary_from {adversary_from} within 0 … 1")
+            raise ValueError(
+                f"adversary must be at least 0, and adversary_from from 0 to 1; got {adversary} and {adversary_from}"
+            )
         self.discriminator = None
         self.folder = Path(folder)
         self.learning_rate, self.muon, self.momentum = learning_rate, muon, momentum
@@ -87,30 +90,30 @@ class AutoencoderTraining(LightningModule, ABC):
 
     @property
     def opposed(self) -> bool:
-        """Whether the discriminator takes part in this step."""
+        """Whether this step uses the discriminator."""
         return self.discriminator is not None and self.fraction_done >= self.adversary_from
 
     @property
     def fraction_done(self) -> float:
-        """How far the training has come, 0 to 1."""
+        """The fraction of the training that is done, from 0 to 1."""
         return progress(self.trainer, self.global_step)
 
     @property
     def reviving(self) -> float:
-        """`revive_below` as long as codes are moved, then 0."""
+        """`revive_below` while unused codes are moved, then 0."""
         return self.revive_below if self.fraction_done < self.revive_until else 0.0
 
     @property
     @abstractmethod
     def started(self) -> bool:
-        """Whether every codebook has been set from latents."""
+        """Whether every codebook has been initialized from latents."""
 
     @abstractmethod
     def write_tokenizer(self) -> None:
         """Write the tokenizer into `self.folder`."""
 
     def on_fit_end(self) -> None:
-        # Not on_train_end: Lightning leaves it out where a checkpoint is at max_steps already.
+        # Not on_train_end: Lightning skips that if a checkpoint is already at max_steps.
         if self.trainer.is_global_zero:
             self.write_tokenizer()
             rank_zero_info(f"Saved the tokenizer in {self.folder}.")
@@ -130,18 +133,18 @@ class AutoencoderTraining(LightningModule, ABC):
     def _tell_of_no_codebook(self) -> None:
         if not self.started:
             rank_zero_info(
-                f"The codebook has not been trained, for training starts it after {self.continuous_steps} steps "
-                "(continuous_steps). Name a checkpoint with --ckpt_path to evaluate a trained one."
+                f"The codebook is untrained. Its training starts after {self.continuous_steps} steps "
+                "(continuous_steps). To evaluate a trained codebook, give a checkpoint with --ckpt_path."
             )
 
     def idle_discriminator(self) -> Tensor | float:
-        """0, with a gradient for each parameter of the discriminator, which DDP wants, while it does not take part."""
+        """A loss of 0 that reaches all parameters of an unused discriminator, because DDP needs their gradients."""
         if self.discriminator is None or self.opposed:
             return 0.0
         return 0.0 * torch.stack([parameter.sum() for parameter in self.discriminator.parameters()]).sum()
 
     def gathered(self, latents_ND: Tensor) -> Tensor:
-        """Latents of all ranks, without gradient: every rank makes the same update of the codebooks."""
+        """The detached latents of all ranks, so that every rank updates the codebooks in the same way."""
         gathered = self.all_gather(latents_ND.detach().float())
         assert isinstance(gathered, Tensor)
         return gathered.reshape(-1, latents_ND.shape[1])
@@ -164,13 +167,13 @@ class AutoencoderTraining(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _factor(self, step: int) -> float:
-        """Of the learning rate, by warm-up and cosine."""
-        # Not by `estimated_stepping_batches`: it opens the data before a checkpoint's place in them is restored.
+        """The factor of the learning rate: a linear warm-up times a cosine."""
+        # `estimated_stepping_batches` would open the data before a checkpoint's position in them is restored.
         decay = 0.5 + 0.5 * math.cos(math.pi * progress(self.trainer, step))
         return min(1.0, (step + 1) / max(1, self.warmup_steps)) * decay
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """AdamW's moments of the discriminator begin when it sets in: zeros before make its first steps too long."""
+        """Drop the zero gradients of an unused discriminator. With them AdamW would make its first steps too long."""
         if self.discriminator is not None and not self.opposed:
             for parameter in self.discriminator.parameters():
                 parameter.grad = None
@@ -181,7 +184,7 @@ class AutoencoderTraining(LightningModule, ABC):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Autoencoder and discriminator each by themselves."""
+        """Clip the gradients of autoencoder and discriminator separately."""
         if not gradient_clip_val:
             return
         clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_

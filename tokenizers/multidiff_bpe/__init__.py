@@ -1,4 +1,4 @@
-"""Text as byte-level BPE, characters, bytes, or the pieces of any `tokenizer.json` of Hugging Face's."""
+"""A text tokenizer: byte-level BPE, characters, bytes, or any `tokenizer.json` of Hugging Face's libraries."""
 
 from multidiff_bpe.bpe import BPETokenizer
 

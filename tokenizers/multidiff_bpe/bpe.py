@@ -1,10 +1,10 @@
-"""The text tokenizer, on Hugging Face `tokenizers`: byte-level BPE of one's own, or what any `tokenizer.json` says.
+"""The text tokenizer, built on Hugging Face's `tokenizers`: byte-level BPE, or any `tokenizer.json`.
 
-Text becomes UTF-8 bytes; pairs of neighbours merge into longer pieces, most frequent first, never across a word.
-All 256 bytes are in the vocabulary, so there is no unknown token and no string without codes. Byte-pair encoding:
-Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016); on bytes: Radford et al.,
-"Language Models are Unsupervised Multitask Learners" (2019), section 2.2. Characters that fall back to bytes:
-Kudo and Richardson, "SentencePiece" (2018).
+Byte-level BPE splits text into UTF-8 bytes, and merges neighbours into longer pieces, the most frequent pairs first and
+never across words. All 256 bytes are in the vocabulary, so every string has codes and there is no unknown token.
+Byte-pair encoding: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016). On bytes:
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.2. Characters that fall back to
+bytes: Kudo and Richardson, "SentencePiece" (2018).
 
 Shape suffixes: N codes of one text, 3 axes.
 """
@@ -25,36 +25,36 @@ from multidiff import files
 from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 from multidiff_bpe.pieces import PROBES, Pieces
 
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # how the library spells the 256 bytes as characters
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # the characters by which the library writes the 256 bytes
 FILE = "tokenizer.json"
-# A preview of a whole book would be no preview.
+# A preview shows only the beginning of a long text.
 PREVIEW_COLUMNS, PREVIEW_LINES = 40, 30
 
 
 class BPETokenizer(ModalityTokenizer):
-    """Strings to codes and back.
+    """Tokenizes strings.
 
-    Without loss: what `train` and `train_characters` make, and byte-level files without a normalizer (GPT-2, Llama 3).
-    Other files are taken as they are: text comes back from Qwen's with accents composed (NFC), from Llama 2's with
-    spaces for `▁`, from BERT's in lower case and spaced anew. Text that a file has no codes for, which happens where it
-    has neither bytes nor the character, is an `ItemError` that names the character, never an unknown token.
+    Tokenizers from `train` and `train_characters` are lossless, and so are byte-level files without a normalizer, such
+    as GPT-2's and Llama 3's. Other files may change the text: Qwen's composes accents (NFC), Llama 2's replaces `▁` by
+    spaces, BERT's lower-cases and changes the spacing. A character without a code, possible in a file without bytes,
+    raises an `ItemError` that names it. There is never an unknown token.
 
-    Special tokens of a file (`<s>`, `[CLS]`, `<|im_end|>` …: all that `added_tokens` flags as `special`, and the
-    unknown token) have no code: no text becomes one, and no model writes one. The others are numbered without gaps in
-    the order of the file's ids; `file_ids` says which those are. `save` keeps the file unchanged.
+    The special tokens of a file have no code, so no text contains them and no model writes them. These are the tokens
+    that `added_tokens` flags as `special`, such as `<s>`, `[CLS]` and `<|im_end|>`, and the unknown token. The other
+    tokens are numbered without gaps, in the order of their ids in the file. `save` keeps the file unchanged.
 
     Args:
-        file: a `tokenizer.json`, written by `python -m multidiff_bpe` or by Hugging Face's libraries: BPE, Unigram,
-            WordPiece or WordLevel.
-        preset: what to use in place of a file: "bytes", 256 codes, the bytes of UTF-8, which is also the default.
-            The preset "characters" is made from texts: see `train_characters`.
+        file: a `tokenizer.json` from `python -m multidiff_bpe` or from Hugging Face's libraries, with a BPE, Unigram,
+            WordPiece or WordLevel model.
+        preset: "bytes" uses the 256 bytes of UTF-8 in place of a file. This is also the default. The preset
+            "characters" has to be trained: see `train_characters`.
 
     Attributes:
-        file_ids: the file's id of each code: the rows of a pretrained embedding that belong to the codes.
+        file_ids: the id of each code in the file, which is its row in a pretrained embedding.
 
     Raises:
-        ValueError: the file is missing, damaged, lacks a token that it refers to, is random, or does not read what it
-            writes; names it. An unknown preset, or one beside a file.
+        ValueError: the file is missing or damaged, lacks a token that it refers to, uses dropout, or does not read what
+            it writes; the message names it. Also for an unknown preset, or a preset together with a file.
     """
 
     modality = "text"
@@ -62,29 +62,30 @@ class BPETokenizer(ModalityTokenizer):
 
     def __init__(self, file: str | None = None, preset: str | None = None):
         if file is not None and preset is not None:
-            raise ValueError(f"file {file!r} and preset {preset!r} exclude each other; name one")
+            raise ValueError(f"file {file!r} and preset {preset!r} exclude each other. Give only one.")
         if preset == "characters":
             raise ValueError(
-                "the characters are those of your texts: `python -m multidiff_bpe --preset characters --data PATH "
-                "--output FOLDER`, then name the folder in place of the preset"
+                "The preset 'characters' has to be trained on your texts. Run `python -m multidiff_bpe --preset "
+                "characters --data PATH --output FOLDER`, and give that folder in place of the preset."
             )
         if preset not in (None, "bytes"):
-            raise ValueError(f"no preset is called {preset!r}; there are 'bytes' and 'characters'")
+            raise ValueError(f"there is no preset {preset!r}; the presets are 'bytes' and 'characters'")
         self._use(_pieces(_byte_level()) if file is None else _read(Path(file)))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """The tokenizer of the most frequent pieces of `texts`; the same texts in any process give the same one.
+        """Train byte-level BPE. The same texts give the same tokenizer in every process.
 
         Args:
-            vocab_size: how many codes there may be, the 256 bytes included; fewer when the texts hold no more pairs.
+            texts: the training texts.
+            vocab_size: the maximum number of codes, including the 256 bytes. Few texts may give fewer codes.
 
         Raises:
-            ValueError: vocab_size < 256.
-            ItemError: a text is no valid Unicode.
+            ValueError: vocab_size is less than 256.
+            ItemError: a text is not valid Unicode.
         """
         if vocab_size < len(BYTES):
-            raise ValueError(f"vocab_size must be at least {len(BYTES)}, one for each byte, not {vocab_size}")
+            raise ValueError(f"vocab_size must be at least {len(BYTES)}, one code for each byte, got {vocab_size}")
         tokenizer = _byte_level()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=BYTES, show_progress=False)
         tokenizer.train_from_iterator((valid(text) for text in texts), trainer)
@@ -94,12 +95,12 @@ class BPETokenizer(ModalityTokenizer):
 
     @classmethod
     def train_characters(cls, texts: Iterable[str]) -> BPETokenizer:
-        """A code for each character (code point) of `texts`, after 256 for the bytes that spell all others in UTF-8.
+        """Train a character tokenizer: 256 codes for bytes, then one code for each character (code point) of `texts`.
 
-        Every string has codes, then: a character of the texts one, another as many as UTF-8 has bytes for it, 1 to 4.
+        Every string has codes. A character of `texts` has one. Any other is spelled by the 1 to 4 bytes of its UTF-8.
 
         Raises:
-            ItemError: a text is no valid Unicode.
+            ItemError: a text is not valid Unicode.
         """
         characters = sorted(set().union(*map(valid, texts)))
         vocabulary = [*(f"<0x{byte:02X}>" for byte in range(256)), *characters]
@@ -111,16 +112,16 @@ class BPETokenizer(ModalityTokenizer):
         return trained
 
     def encode(self, items: list[str]) -> list[Codes]:
-        # One by one: `encode_batch` starts threads, and a data loader that forks after that is warned at each batch.
+        # `encode_batch` starts threads, and a data loader that forks after that is warned at each batch.
         return [self._codes(self._pieces.split(valid(item))) for item in items]
 
     def decode(self, codes: list[Codes]) -> list[str]:
-        """Codes to text. Bytes that are no valid UTF-8, which only codes that no text has can give, become U+FFFD."""
+        """Decode texts. Codes of no text may give bytes that are not valid UTF-8; these become U+FFFD."""
         return [self._pieces.join(one.ids_N.tolist()) for one in codes]
 
     def canvas(self, tokens: int = 32) -> Codes:
         if tokens < 0:
-            raise ValueError(f"a text of {tokens} tokens does not exist; the shortest has 0")
+            raise ValueError(f"a text cannot have {tokens} tokens; the smallest number is 0")
         return self._codes([0] * tokens)
 
     def read(self, value: Any, folder: Path) -> str:
@@ -132,7 +133,7 @@ class BPETokenizer(ModalityTokenizer):
         return path
 
     def preview(self, item: str) -> Image.Image:
-        """The words, wrapped; characters that Pillow's own font lacks show as boxes."""
+        """A picture of the text, with wrapped lines. Characters that Pillow's default font lacks appear as boxes."""
         lines = [part for line in item.splitlines() for part in textwrap.wrap(line, PREVIEW_COLUMNS)]
         if len(lines) > PREVIEW_LINES:
             lines[PREVIEW_LINES - 1 :] = ["…"]
@@ -143,14 +144,14 @@ class BPETokenizer(ModalityTokenizer):
         return picture
 
     def examples(self) -> list[str]:
-        """Of a few texts, the first pieces in a row one of them, those that have codes and come back with the same."""
+        """A few texts, among them one of the first pieces. Texts that the tokenizer changes are left out."""
         first = self._pieces.join(list(range(min(8, *self.codebook_sizes))))
         texts = ["", *PROBES, "  naïve\tΔίκη 你好 🙂\r\n\x00 e\u0301 \ufffd", first]
         return [text for text in texts if self._pieces.stable(text)]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the pieces and all that decides how text is cut into them and put together again."""
+        """SHA-256 over the pieces and everything that determines how text is split and joined."""
         return self._pieces.fingerprint
 
     def save(self, folder: Path) -> None:
@@ -184,21 +185,21 @@ def _pieces(tokenizer: Tokenizer) -> Pieces:
 
 def _read(path: Path) -> Pieces:
     if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder; name the {FILE} in it")
+        raise ValueError(f"{path} is a folder. Give the {FILE} in it.")
     if not os.path.lexists(path):
-        raise ValueError(f"{path} does not exist; train a tokenizer with `python -m multidiff_bpe`")
+        raise ValueError(f"{path} does not exist. Train a tokenizer with `python -m multidiff_bpe`.")
     return Pieces(files.read_text(path), str(path))
 
 
 def valid(text: Any) -> str:
-    """`text`, if it is some: a string that UTF-8 can hold; else `ItemError`."""
+    """`text`, if it is a string that UTF-8 can represent. Raises an `ItemError` otherwise."""
     if not isinstance(text, str):
         raise ItemError(f"text must be a string, not {repr(text)[:40]}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ItemError(
-            f"text {text[:40]!r} holds half of a surrogate pair at character {error.start}, which no UTF-8 file can; "
-            "mend it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+            f"text {text[:40]!r} has half of a surrogate pair at character {error.start}, which UTF-8 cannot encode. "
+            "Repair it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         ) from None
     return text

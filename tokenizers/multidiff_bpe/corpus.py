@@ -1,4 +1,4 @@
-"""Texts to train on, from files on this machine; read one after another, so that no corpus need fit in memory."""
+"""Reads training texts from local files, one after another. The corpus need not fit in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_texts(path: Path, key: str) -> Iterator[str]:
     | any other file | a line of UTF-8, its line break included |
 
     Raises:
-        ValueError: there is no `key`, something else than text at it, or the file is damaged; names file and place.
+        ValueError: `key` is missing or is not text, or the file is damaged; the message names the file and the place.
         OSError: the file is missing or cannot be read.
     """
     if path.is_dir():
@@ -38,8 +38,8 @@ def read_texts(path: Path, key: str) -> Iterator[str]:
 def _from_data_folder(path: Path, key: str) -> Iterator[str]:
     if not (path / "metadata.jsonl").is_file():
         raise ValueError(
-            f"{path} is neither a data folder (no metadata.jsonl) nor a dataset saved by `save_to_disk`; "
-            "name the files in it"
+            f"{path} is neither a data folder (it has no metadata.jsonl) nor a dataset saved by `save_to_disk`. Give "
+            "the files in it."
         )
     names = set()
     for record in read_metadata(path, ["train"]):
@@ -48,28 +48,28 @@ def _from_data_folder(path: Path, key: str) -> Iterator[str]:
             if name == key:
                 yield _text(value, key, f"{path / 'metadata.jsonl'}, line {record.line}")
     if key not in names:
-        raise ValueError(f"the train split of {path} has no {key!r}; choose a --key of: {', '.join(sorted(names))}")
+        raise ValueError(f"The train split of {path} has no {key!r}. Choose a --key from {', '.join(sorted(names))}.")
 
 
 def _from_dataset(path: Path, key: str) -> Iterator[str]:
     folder = path / "train" if (path / "dataset_dict.json").is_file() else path
     if not folder.is_dir():
-        raise ValueError(f"{path} has no train split; name the folder of one of its splits")
+        raise ValueError(f"{path} has no train split. Give the folder of one of its splits.")
     try:
         dataset = Dataset.load_from_disk(str(folder))
-    except Exception as error:  # JSON's, Arrow's and the library's own
-        raise ValueError(f"{folder} is a damaged dataset: {error}") from None
+    except Exception as error:  # of JSON, of Arrow, and of the library
+        raise ValueError(f"{folder} is damaged: {error}") from None
     _expect_column(path, key, dataset.column_names)
     yield from _column(dataset[key], path, key)
 
 
 def _from_parquet(path: Path, key: str) -> Iterator[str]:
-    path.open("rb").close()  # a missing file is Python's own error
-    # Streamed: otherwise the library copies the file into a cache. It takes the path for a pattern.
+    path.open("rb").close()  # raises Python's error if the file is missing
+    # Without streaming, the library copies the file into a cache. It also treats the path as a pattern.
     try:
         rows = load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-    except Exception as error:  # Arrow's and the library's own
-        raise ValueError(f"{path} is damaged or no Parquet file: {error}") from None
+    except Exception as error:  # of Arrow, and of the library
+        raise ValueError(f"{path} is damaged or not a Parquet file: {error}") from None
     _expect_column(path, key, rows.column_names)
 
     def values() -> Iterator[Any]:
@@ -102,7 +102,7 @@ def _lines(path: Path, key: str) -> Iterator[str]:
         with path.open(encoding="utf-8", newline="") as file:
             yield from file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _column(values: Iterable[Any], path: Path, key: str) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _column(values: Iterable[Any], path: Path, key: str) -> Iterator[str]:
 
 def _expect_column(where: Path | str, key: str, names: Any) -> None:
     if key not in names:
-        raise ValueError(f"{where} has no {key!r}; choose a --key of: {', '.join(sorted(names))}")
+        raise ValueError(f"{where} has no {key!r}. Choose a --key from {', '.join(sorted(names))}.")
 
 
 def _text(value: Any, key: str, where: str) -> str:

@@ -1,4 +1,4 @@
-"""The pieces of a `tokenizer.json` of Hugging Face's: which there are, text to them and back.
+"""The pieces of a `tokenizer.json`, and the conversion between text and pieces.
 
 Shape suffixes: none; codes are lists of integers here.
 """
@@ -15,31 +15,32 @@ from tokenizers import Tokenizer
 
 from multidiff.tokenizer import ItemError
 
-# Bytes that UTF-8 never uses may lack a piece: no text needs them.
+# Bytes that UTF-8 never uses need no piece.
 UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
-# Stands in the vocabulary for what has no piece. U+10FFFF is no character and never will be, so no text spells it.
+# The vocabulary entry for text without a piece. U+10FFFF will never be a character, so no text contains it.
 UNKNOWN = "\U0010ffff" * 8
-GAPS = 10_000_000  # ids of a file that no token has
+GAPS = 10_000_000  # maximum number of unused ids in a file
 PROBES = ["seven", "a handwritten 7, or two"]
 
 
 class Pieces:
-    """BPE, Unigram, WordPiece or WordLevel, as a file describes it, less its special tokens.
+    """The model of a `tokenizer.json` (BPE, Unigram, WordPiece or WordLevel) without its special tokens.
 
-    A code is a piece's rank among the file's ids. Tokens that the file calls special, and its unknown token, have none:
-    text that spells them is cut into ordinary pieces. What the file adds at the ends of a text, truncation and padding
-    are left out too. Normalizer, pre-tokenizer and decoder are the file's own.
+    The code of a piece is its rank among the ids of the file. The special tokens of the file and its unknown token have
+    no code; text that spells them is split into ordinary pieces. Tokens that the file adds at the ends of a text,
+    truncation and padding are left out as well. Normalizer, pre-tokenizer and decoder are those of the file.
 
     Args:
-        content: what is in the file.
-        source: the file's name, for errors.
+        content: the content of the file.
+        source: the name of the file, for errors.
 
     Attributes:
-        tokens: each code's piece, in the file's spelling.
-        file_ids: each code's id in the file.
+        tokens: the piece of each code, as the file writes it.
+        file_ids: the id of each code in the file.
 
     Raises:
-        ValueError: the content is damaged, refers to tokens that it lacks, is random, or garbles text; names `source`.
+        ValueError: the content is damaged, refers to tokens that it lacks, uses dropout, or garbles text; the message
+            names `source`.
     """
 
     def __init__(self, content: str, source: str):
@@ -48,10 +49,10 @@ class Pieces:
             self._open()
         except (ValueError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even that
+        except BaseException as error:  # the library raises bare Exceptions, and its panics are BaseExceptions
             raise ValueError(
-                f"{source} is damaged or no tokenizer.json of Hugging Face's ({error}); transformers writes one with "
-                "`AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)`"
+                f"{source} is damaged or not a Hugging Face tokenizer.json ({error}). To write one, use transformers' "
+                "`AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER)`."
             ) from None
 
     def _open(self) -> None:
@@ -74,28 +75,28 @@ class Pieces:
         self._check([token["content"] for token in state["added_tokens"] if token["content"] not in hidden])
 
     def split(self, text: str) -> list[int]:
-        """Text to codes; `ItemError` names the character that has none."""
+        """The codes of a text. Raises an `ItemError` that names a character without a code."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         try:
             return [self._codes[index] for index in encoding.ids]
         except KeyError as error:
             start, stop = encoding.offsets[encoding.ids.index(error.args[0])]
-        # A whole word may be unknown for one character's sake, or for its length, which may be any.
+        # A word may be unknown because of one character, or because of its length.
         for index in range(start, min(stop, start + 100)):
             if not self._codes.keys() >= set(self._tokenizer.encode(text[index], add_special_tokens=False).ids):
                 start, stop = index, index + 1
                 break
         raise ItemError(
-            f"text {text[:40]!r} holds {text[start:stop][:40]!r} at character {start}, for which {self.source} has no "
-            "code; take it out, or use a tokenizer that falls back to bytes"
+            f"text {text[:40]!r} has {text[start:stop][:40]!r} at character {start}, for which {self.source} has no "
+            "code. Remove it, or use a tokenizer that falls back to bytes."
         )
 
     def join(self, codes: list[int]) -> str:
-        """Codes to text. Bytes that are no valid UTF-8, which only codes that no text has can give, become U+FFFD."""
+        """The text of codes. Codes of no text may give bytes that are not valid UTF-8; these become U+FFFD."""
         return self._tokenizer.decode([self._ids[code] for code in codes], skip_special_tokens=False)
 
     def stable(self, text: str) -> bool:
-        """Whether text has codes, and what they stand for has the same."""
+        """Whether a text has codes, and its decoded codes have the same codes."""
         try:
             codes = self.split(text)
             return self.split(self.join(codes)) == codes
@@ -104,7 +105,7 @@ class Pieces:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the pieces and all that decides how text is cut into them and put together again."""
+        """SHA-256 over the pieces and everything that determines how text is split and joined."""
         state = json.loads(self._tokenizer.to_str())
         model = state["model"]
         decisive: list[Any] = [
@@ -112,7 +113,7 @@ class Pieces:
             model.get("merges"),
             state["pre_tokenizer"],
         ]
-        # Said only where it differs from byte-level BPE: that one's digest was made before there were others.
+        # Included only if it differs from byte-level BPE, whose digest is older than the other models.
         more = {name: value for name, value in model.items() if value and name not in ("vocab", "merges", "unk_token")}
         more["scores"] = model["vocab"] if model["type"] == "Unigram" else None
         more |= {name: state[name] for name in ("normalizer", "decoder", "added_tokens")}
@@ -124,18 +125,18 @@ class Pieces:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def _check(self, added: list[str]) -> None:
-        """Refuse what would make nonsense of any text, for want of a decoder say."""
+        """Raise a `ValueError` if ordinary text does not survive, for instance because there is no decoder."""
         for text in PROBES:
             try:
                 back = self.join(self.split(text))
-            except ItemError:  # an alphabet of its own, of bases or notes say
+            except ItemError:  # another alphabet, such as bases or notes
                 continue
             if not self.stable(text):
                 raise ValueError(f"{self.source} does not read what it writes: {text!r} came back as {back!r}")
         for token in added:
             back = self.join([self.tokens.index(token)])
             if "\ufffd" in back and "\ufffd" not in token:
-                raise ValueError(f"{self.source}: its added token {token!r} would come back as {back!r}")
+                raise ValueError(f"{self.source}: the added token {token!r} comes back as {back!r}")
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
@@ -148,21 +149,21 @@ def _fault_of_ids(ids: Mapping[str, int]) -> str | None:
     names = {index: token for token, index in ids.items()}
     if len(names) < len(ids):
         token = min(token for token, index in ids.items() if names[index] != token)
-        return f"its tokens {token!r} and {names[ids[token]]!r} have the same id {ids[token]}"
-    if names and max(names) > len(names) + GAPS:  # the library looks at every id up to the largest
-        return f"its token {names[max(names)]!r} has id {max(names)}, though there are {len(names)} tokens"
+        return f"the tokens {token!r} and {names[ids[token]]!r} have the same id {ids[token]}"
+    if names and max(names) > len(names) + GAPS:  # the library visits every id up to the largest
+        return f"the token {names[max(names)]!r} has id {max(names)}, but there are only {len(names)} tokens"
     return None
 
 
 def _fault(state: dict[str, Any], tokens: Set[str], ordinary: Set[str]) -> str | None:
-    """Why a tokenizer that the library has built would fail later."""
+    """The reason why a tokenizer that the library accepts would fail later, or None."""
     model, unknown = state["model"], _unknown(state["model"])
     if not ordinary:
-        return "it holds no tokens, or special ones only"
+        return "it has no tokens, or only special tokens"
     if model.get("dropout"):
-        return "its merges drop out at random; set dropout to null"
+        return "it uses dropout, which makes encoding random; set dropout to null"
     if unknown is not None and unknown not in tokens:
-        return f"its unknown token {unknown!r} is not in its vocabulary"
+        return f"the unknown token {unknown!r} is not in the vocabulary"
     cutters = json.dumps([state["normalizer"], state["pre_tokenizer"]])
     if model.get("byte_fallback"):
         spelled = {byte: f"<0x{byte:02X}>" for byte in UTF8}
@@ -172,18 +173,18 @@ def _fault(state: dict[str, Any], tokens: Set[str], ordinary: Set[str]) -> str |
         return None
     if missing := [byte for byte in UTF8 if spelled[byte] not in ordinary]:
         first = f"{spelled[missing[0]]!r} for byte 0x{missing[0]:02X}"
-        return f"its vocabulary lacks {len(missing)} of the {len(UTF8)} bytes that texts are made of, first {first}"
+        return f"the vocabulary lacks {len(missing)} of the {len(UTF8)} bytes of UTF-8 text, first {first}"
     return None
 
 
 def spell_byte(byte: int) -> str:
-    """How byte-level pieces write a byte: a visible character stands for itself, others follow from U+0100 on."""
+    """The character that represents a byte in byte-level pieces: itself if visible, otherwise one from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return chr(byte if byte in visible else 0x100 + sum(other not in visible for other in range(byte)))
 
 
 def _without(state: dict[str, Any], hidden: set[str | None]) -> dict[str, Any]:
-    """The tokenizer without `hidden` tokens, with `UNKNOWN` for its unknown token and its last id."""
+    """The tokenizer without the `hidden` tokens, and with `UNKNOWN` as its unknown token and last id."""
     model = dict(state["model"])
     if model["type"] == "Unigram":
         kept = [piece for piece in model["vocab"] if piece[0] not in hidden]

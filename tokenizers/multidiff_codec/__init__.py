@@ -1,4 +1,4 @@
-"""Sound as codes: transformers' neural audio codecs as multidiff tokenizers."""
+"""An audio tokenizer for the neural codecs of transformers."""
 
 from multidiff_codec.tokenizer import CodecTokenizer
 

@@ -1,7 +1,7 @@
-"""A codec in a folder that transformers' `save_pretrained` wrote.
+"""Reads a codec from a folder that transformers' `save_pretrained` wrote.
 
-transformers fills missing tensors with random numbers and only warns: here every name and shape is compared. Reading
-runs no code from the folder, uses no network and leaves the global random state alone.
+transformers fills missing tensors with random numbers and only warns. Here every name and shape must match. Reading
+runs no code from the folder, uses no network and does not change the global random state.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _COUNTS = (
     "num_residual_layers",
     "num_semantic_quantizers",
 )
-# On their word transformers would fetch or import more.
+# Because of these settings, transformers would download or import more.
 _UNTRUSTED = ("attn_implementation", "_attn_implementation", "quantization_config")
 
 
 def read_codec(folder: Path) -> tuple[Codec, dict[str, Any], dict[str, Tensor]]:
-    """The codec in `folder`, float32, for inference, on the CPU; and the settings and tensors of its files.
+    """The codec in `folder`, in float32 on the CPU, for inference; and the settings and tensors of its files.
 
     Raises:
-        ValueError: a missing, damaged or pickled file, a model that is none of the three, of several channels, with
-            scales or in chunks, or weights that do not match the configuration; names the file.
+        ValueError: a file is missing, damaged or pickled; the model is not one of the three, has several channels,
+            rescales, or works in chunks; or the weights do not match the configuration. The message names the file.
     """
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is no folder: give one with {CONFIG} and {WEIGHTS} of a transformers codec; nothing is "
-            "downloaded from here (`hf download NAME --local-dir FOLDER` does)"
+            f"{folder} is not a folder. Give a folder with the {CONFIG} and {WEIGHTS} of a transformers codec. Nothing "
+            "is downloaded here; `hf download NAME --local-dir FOLDER` downloads a codec."
         )
     settings = read_json(folder / CONFIG)
     _check_settings(settings, folder / CONFIG)
@@ -59,7 +59,7 @@ def read_codec(folder: Path) -> tuple[Codec, dict[str, Any], dict[str, Tensor]]:
                 output_loading_info=True,
             )  # fmt: skip
             codec = codec_class(model.eval().requires_grad_(False))
-    except Exception as error:  # whatever a wrong type or number runs into
+    except Exception as error:  # a wrong type or number can raise anything
         raise ValueError(
             f"{folder / CONFIG}: {model_class.__name__} cannot be built from it: {_line(error)}"
         ) from error
@@ -71,32 +71,32 @@ def read_codec(folder: Path) -> tuple[Codec, dict[str, Any], dict[str, Tensor]]:
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
     kind = settings.get("model_type")
     if not isinstance(kind, str) or kind not in CODECS:
-        raise ValueError(f"{path} describes a {kind!r:.80} model; those that are read here are {', '.join(CODECS)}")
+        raise ValueError(f"{path}: model_type must be one of {', '.join(CODECS)}, got {kind!r:.80}")
     if settings.get("audio_channels", 1) != 1:
         raise ValueError(
-            f"{path} describes a codec of {settings['audio_channels']!r:.80} channels; sound is mixed down to one, so "
-            "use a mono model"
+            f"{path} describes a codec with {settings['audio_channels']!r:.80} channels. Use a mono model; sound is "
+            "mixed down to one channel."
         )
     if settings.get("normalize"):
         raise ValueError(
-            f"{path} describes a codec that normalizes: its codes come with continuous scales, which fit no "
-            "vocabulary; use one that does not"
+            f"{path} describes a codec that normalizes. Its codes come with continuous scales, which cannot be tokens. "
+            "Use a codec that does not normalize."
         )
     if settings.get("chunk_length_s") is not None:
-        raise ValueError(f"{path}: chunk_length_s makes codes of overlapping chunks; use a model that has none")
+        raise ValueError(f"{path}: chunk_length_s is set, so chunks overlap. Use a model without chunks.")
 
 
 def _check_size(model_class: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a model that is built in more memory or parts than its file is for; transformers would go ahead."""
+    """Raise a `ValueError` if the model would have more memory or parts than its file; transformers would build it."""
     if not 1 <= config.sampling_rate <= MOST_SAMPLE_RATE:
-        raise ValueError(f"sampling_rate is {config.sampling_rate}; it must lie in 1 … {MOST_SAMPLE_RATE}")
-    # EnCodec's follows from its rates and bandwidths.
+        raise ValueError(f"sampling_rate must be from 1 to {MOST_SAMPLE_RATE}, got {config.sampling_rate}")
+    # EnCodec computes it from its rates and bandwidths.
     check_counts({"num_quantizers": getattr(config, "num_quantizers", 0)}, _COUNTS, len(tensors), Path(CONFIG))
     with torch.device("meta"):
         wanted = sum(tensor.numel() for tensor in model_class(config).state_dict().values())
     held = sum(tensor.numel() for tensor in tensors.values())
-    if wanted > 2 * held + 1_000_000:  # statistics and masks that some files leave out are a small part
-        raise ValueError(f"it describes a model of {wanted:,} numbers, and {WEIGHTS} beside it holds {held:,}")
+    if wanted > 2 * held + 1_000_000:  # some files omit statistics and masks, which are small
+        raise ValueError(f"it describes a model of {wanted:,} numbers, but {WEIGHTS} beside it contains {held:,}")
 
 
 def _check_report(report: dict[str, Any], path: Path) -> None:
@@ -113,7 +113,7 @@ def _check_report(report: dict[str, Any], path: Path) -> None:
 
 @torch.no_grad()
 def _check_frames(codec: Codec, path: Path) -> None:
-    """Two frames of silence stay two frames: what the configuration says of rates and strides fits together."""
+    """Check that the rates and strides of the configuration fit: two frames of silence must stay two frames."""
     try:
         ids_BKt = codec.encode(torch.zeros(1, 2 * codec.hop), codec.most)
         samples = codec.decode(ids_BKt).shape[-1]
@@ -121,19 +121,19 @@ def _check_frames(codec: Codec, path: Path) -> None:
         raise ValueError(f"{path}: the model built from it does not run: {_line(error)}") from error
     if ids_BKt.shape != (1, codec.most, 2) or samples != 2 * codec.hop:
         raise ValueError(
-            f"{path}: two frames of {codec.hop} samples become codes {list(ids_BKt.shape)} and {samples} samples; its "
-            "ratios or frame rate are wrong"
+            f"{path}: two frames of {codec.hop} samples become codes {list(ids_BKt.shape)} and {samples} samples. The "
+            "ratios or the frame rate are wrong."
         )
 
 
 def _line(error: Exception) -> str:
-    """What an error says, on one line."""
+    """The message of an error on one line."""
     return f"{' '.join(str(error).split()):.200}"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar and no table of differing tensors: what is wrong is raised."""
+    """Turn off transformers' progress bar and its table of differing tensors. Differences raise an error instead."""
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

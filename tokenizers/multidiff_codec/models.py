@@ -1,4 +1,4 @@
-"""transformers' neural audio codecs behind one face: samples to codes and back.
+"""One interface for the neural audio codecs of transformers.
 
 EnCodec: Défossez et al. 2022, "High Fidelity Neural Audio Compression" (arXiv:2210.13438). DAC: Kumar et al. 2023,
 "High-Fidelity Audio Compression with Improved RVQGAN" (arXiv:2306.06546). Mimi: Défossez et al. 2024, "Moshi: a
@@ -23,11 +23,11 @@ class Codec(nn.Module, ABC):
     """A mono codec.
 
     Args:
-        model: of `model_class`, in evaluation mode.
+        model: an instance of `model_class`, in evaluation mode.
 
     Attributes:
-        hop: samples a frame.
-        fewest, most: levels that can be used.
+        hop: samples per frame.
+        fewest, most: the smallest and largest number of levels that can be used.
     """
 
     model_class: ClassVar[Any]
@@ -41,15 +41,15 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, waves_BT: Tensor, levels: int) -> Tensor:
-        """Samples of whole frames to the ids of the first `levels`, [B, K, t]."""
+        """Encode samples of whole frames as the ids of the first `levels` levels, [B, K, t]."""
 
     @abstractmethod
     def decode(self, ids_BKt: Tensor) -> Tensor:
-        """Ids of the first K levels to samples [B, t · hop]."""
+        """Decode the ids of the first K levels to samples [B, t · hop]."""
 
 
 class Encodec(Codec):
-    """EnCodec; any number of levels, where transformers' own `encode` takes only those of the trained bandwidths."""
+    """EnCodec. Any number of levels works here; transformers' `encode` takes only those of the trained bandwidths."""
 
     model_class = EncodecModel
 
@@ -67,7 +67,7 @@ class Encodec(Codec):
 
 
 class Dac(Codec):
-    """DAC; where its decoder gives fewer than t · hop samples (at odd strides, less than a frame), silence follows."""
+    """DAC. With odd strides its decoder gives up to a frame less than t · hop samples, and silence is appended."""
 
     model_class = DacModel
 
@@ -85,7 +85,7 @@ class Dac(Codec):
 
 
 class Mimi(Codec):
-    """Mimi; its first, semantic level or levels are always used."""
+    """Mimi. Its semantic levels come first and are always used."""
 
     model_class = MimiModel
 
@@ -102,7 +102,7 @@ class Mimi(Codec):
         return self.model.decode(ids_BKt, return_dict=True).audio_values[:, 0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As every module's; forgets the codebooks that transformers keeps where they were first used."""
+        """Also drop the codebooks that transformers caches on the device of their first use."""
         for module in self.modules():
             if isinstance(module, MimiEuclideanCodebook):
                 module._embed = None

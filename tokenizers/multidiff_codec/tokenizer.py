@@ -1,4 +1,4 @@
-"""CodecTokenizer: sound to the codes of a checkpoint of EnCodec, DAC or Mimi and back.
+"""CodecTokenizer: tokenizes sound with a checkpoint of EnCodec, DAC or Mimi.
 
 Shape suffixes: K levels, t frames, B sounds, T samples.
 """
@@ -19,37 +19,38 @@ if TYPE_CHECKING:
     from multidiff_codec.models import Codec
 
 _SETTINGS = "codec.json"
-# What transformers notes in a configuration that decides nothing.
+# Entries of a configuration that do not change the model.
 _NOTES = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
 class CodecTokenizer(SoundTokenizer):
-    """Sounds of any sample rate and channel count; they come back mono at the codec's rate.
+    """Tokenizes sounds of any sample rate and number of channels. Decoded sounds are mono at the codec's rate.
 
     Args:
         weights: a folder with transformers' `EncodecModel`, `DacModel` or `MimiModel` (`config.json` and
             `model.safetensors`), mono and without rescaling. Nothing is downloaded.
-        num_codebooks: levels to use, from the first; None: all there are. Codecs are trained for some numbers of
-            levels only, EnCodec at 24 kHz for 2, 4, 8, 16 and 32 of them. Mimi's first is semantic.
-        max_seconds: longest sound that is encoded. A codec takes a sound as a whole; a minute at 44.1 kHz takes DAC
-            some GB of memory.
+        num_codebooks: the number of levels to use, from the first; None uses all. A codec is trained only for some
+            numbers of levels; EnCodec at 24 kHz for 2, 4, 8, 16 and 32. Mimi's first level is semantic.
+        max_seconds: the maximum length of a sound to encode. A codec processes a sound as a whole. For a minute at
+            44.1 kHz, DAC needs several GB of memory.
 
     Raises:
-        ValueError: the folder holds no such model, a damaged or a pickled one, or fewer levels; names the file.
+        ValueError: the folder contains no such model, or a damaged or pickled one, or fewer levels; the message names
+            the file.
     """
 
     model: Codec
 
     def __init__(self, weights: str, num_codebooks: int | None = None, max_seconds: float = 120.0):
-        from multidiff_codec.folder import read_codec  # seconds, which a list of plugins need not take
+        from multidiff_codec.folder import read_codec  # takes seconds, which listing the plugins should not
 
         folder = Path(weights)
         self.model, self._config, self._tensors = read_codec(folder)
         levels = self.model.most if num_codebooks is None else num_codebooks
         if type(levels) is not int or not self.model.fewest <= levels <= self.model.most:
             raise ValueError(
-                f"num_codebooks must lie in {self.model.fewest} … {self.model.most}, which {folder / WEIGHTS} holds; "
-                f"got {num_codebooks!r}"
+                f"num_codebooks must be from {self.model.fewest} to {self.model.most}, the number of levels in "
+                f"{folder / WEIGHTS}; got {num_codebooks!r}"
             )
         self.max_seconds = self._checked_seconds(max_seconds)
         self.sample_rate, self.hop = self.model.model.config.sampling_rate, self.model.hop
@@ -59,13 +60,13 @@ class CodecTokenizer(SoundTokenizer):
     def fingerprint(self) -> str:
         """SHA-256 over the configuration, the number of levels, and names, shapes and values of the weights.
 
-        Of the files, not of the model: transformers names tensors and settings anew from release to release.
+        It covers the files, not the model, because releases of transformers rename tensors and settings.
         """
         config = {name: value for name, value in self._config.items() if name not in _NOTES}
         return fingerprint_of({"config": config, "num_codebooks": len(self.codebook_sizes)}, self._tensors)
 
     def save(self, folder: Path) -> None:
-        """Write the codec as it was read, for transformers too, and `codec.json` with the other settings."""
+        """Write the codec as it was read, which transformers can open, and `codec.json` with the other settings."""
         settings = {"num_codebooks": len(self.codebook_sizes), "max_seconds": self.max_seconds}
         write_folder(Path(folder), self._config, self._tensors)
         write_json(Path(folder) / _SETTINGS, settings)
@@ -75,10 +76,12 @@ class CodecTokenizer(SoundTokenizer):
         """The tokenizer that `save` wrote into `folder`."""
         path = Path(folder) / _SETTINGS
         if (Path(folder) / CONFIG).is_file() and not path.is_file():
-            raise ValueError(f"{path} does not exist; a codec that multidiff has not saved is given as `weights`")
+            raise ValueError(
+                f"{path} does not exist. To use a codec that multidiff did not save, give its folder as `weights`."
+            )
         settings = read_json(path)
         if settings.keys() != {"num_codebooks", "max_seconds"}:
-            raise ValueError(f"{path} must hold num_codebooks and max_seconds, not {sorted(settings)}")
+            raise ValueError(f"{path} must contain num_codebooks and max_seconds, not {sorted(settings)}")
         return cls(str(folder), **settings)
 
     def ids_of(self, waves_BT: Tensor) -> Tensor:

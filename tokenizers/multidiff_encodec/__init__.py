@@ -1,4 +1,4 @@
-"""Sound as codes: the `encodec` package's model as a multidiff tokenizer."""
+"""An audio tokenizer for the EnCodec model of the `encodec` package."""
 
 from multidiff_encodec.tokenizer import EncodecTokenizer
 

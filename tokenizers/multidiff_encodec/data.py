@@ -1,4 +1,4 @@
-"""Sounds of a data folder in batches of equal length, for training a codec.
+"""The sounds of a data folder, in batches of equal length, for training a codec.
 
 Shape suffixes: B sounds, T samples.
 """
@@ -21,24 +21,24 @@ from multidiff_sound.sound import read_sound, to_mono
 
 
 class SoundData(BatchedData):
-    """The sounds that a data folder's `metadata.jsonl` names, each once an epoch, as float32 [B, 1, T].
+    """The sounds in a data folder's `metadata.jsonl`, once per epoch, as float32 [B, 1, T].
 
-    A longer sound is cut at random, a shorter one placed at random in silence, and each made quieter at random; the
-    validation split is cut and placed in the middle and keeps its loudness.
+    For training, a longer sound is cut at a random place, a shorter one is put at a random place in silence, and the
+    volume is reduced at random. Validation takes the middle and keeps the volume.
 
     Args:
-        folder: the data folder.
-        sample_rate: of the codec, Hz; by default that of the codec that is trained.
-        samples: T; a multiple of the codec's hop.
-        name: the name under which its segments hold sounds.
-        batch_size: sounds of a batch, on each device.
-        quieter: by up to so many dB.
-        num_workers: processes that read ahead.
-        seed: decides order, cuts and loudness, together with the epoch.
+        folder: Data folder.
+        sample_rate: Sample rate in Hz. The default is that of the trained codec.
+        samples: T, the number of samples of each sound. A multiple of the codec's hop.
+        name: Key of the sounds in `metadata.jsonl`.
+        batch_size: Number of sounds per batch and device.
+        quieter: Maximum reduction of the volume, in dB.
+        num_workers: Number of processes that read ahead.
+        seed: Random seed for order, cuts and volume.
 
     Raises:
-        ValueError: the folder names no sound for training or validation, one cannot be read, or rate or length is not
-            one of the codec; names it.
+        ValueError: the folder has no sounds for training or validation, a sound cannot be read, or the sample rate or
+            length does not fit the codec; the message names it.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class SoundData(BatchedData):
         self.batch_size, self.quieter, self.num_workers, self.seed = batch_size, quieter, num_workers, seed
 
     def suit(self, preset: str, sample_rate: int, hop: int) -> None:
-        """Take the rate from the codec that is trained, where the configuration of the data leaves it open.
+        """Adopt the sample rate of the trained codec, unless the data's configuration sets one.
 
         Args:
-            preset: the codec's name, for errors.
-            sample_rate: of the codec, Hz.
-            hop: samples a frame.
+            preset: the name of the codec, for errors.
+            sample_rate: the codec's sample rate, Hz.
+            hop: samples per frame.
 
         Raises:
-            ValueError: the configuration of the data says something else, or its length is not whole frames.
+            ValueError: the data's configuration sets another rate, or a length that is not whole frames.
         """
         if self.sample_rate not in (None, sample_rate):
             raise ValueError(
-                f"SoundData has sample_rate: {self.sample_rate}, and preset {preset!r} has {sample_rate}: leave "
-                "sample_rate out, or take another preset"
+                f"SoundData has sample_rate {self.sample_rate}, but preset {preset!r} has {sample_rate}. Remove "
+                "sample_rate, or choose another preset."
             )
         if self.samples < 1 or self.samples % hop:
-            raise ValueError(f"SoundData has samples: {self.samples}, and preset {preset!r} takes multiples of {hop}")
+            raise ValueError(f"SoundData has samples {self.samples}, but preset {preset!r} needs a multiple of {hop}")
         self._rate = sample_rate
 
     def train_dataloader(self) -> StatefulDataLoader:
@@ -95,12 +95,13 @@ class SoundData(BatchedData):
             _Middles(paths_of(self.folder, self._name, split), self._known_rate(), self.samples),
             self.rank(),
         )
-        keys = [(0, index) for index in range(rank, len(sounds), ranks)] or [(0, 0)]  # or others would wait for it
+        # A rank without batches would make the others wait.
+        keys = [(0, index) for index in range(rank, len(sounds), ranks)] or [(0, 0)]
         batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
         return self._loader(sounds, batches)
 
     def _loader(self, sounds: Dataset, batches: Any) -> StatefulDataLoader:
-        alone = torch.Generator()  # leaves the global one alone
+        alone = torch.Generator()  # instead of the global one
         return StatefulDataLoader(sounds, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
 
     def _known_rate(self) -> int:
@@ -110,7 +111,7 @@ class SoundData(BatchedData):
 
 
 class _Middles(Dataset[Tensor]):
-    """The middle of each sound, or silence around it. Sounds are kept at the codec's rate once they were read."""
+    """The middle of each sound, padded with silence. Sounds are cached at the codec's rate."""
 
     def __init__(self, paths: list[Path], sample_rate: int, samples: int):
         self.paths, self.sample_rate, self.samples = paths, sample_rate, samples
@@ -134,7 +135,7 @@ class _Middles(Dataset[Tensor]):
 
 
 class _Cuts(_Middles):
-    """A random cut of each sound at a random loudness, decided by seed, epoch and index."""
+    """A random cut of each sound at a random volume. Seed, epoch and index determine both."""
 
     def __init__(self, paths: list[Path], sample_rate: int, samples: int, quieter: float, seed: int):
         super().__init__(paths, sample_rate, samples)

@@ -1,6 +1,6 @@
-"""A codec in a folder, and codecs that others saved.
+"""Reads and writes the folder of a codec, and reads codecs that transformers or Meta saved.
 
-Every name and shape is compared before anything is loaded. Reading runs no code from the files.
+Every name and shape must match before anything is loaded. Reading runs no code from the files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from multidiff_autoencoder.bounds import check_counts
 from multidiff_encodec.model import PRESETS, CodecConfig, build_model, codebooks_of, mark_started
 from multidiff_sound.folder import CONFIG, WEIGHTS, read_json, read_weights, write_folder
 
-# What a codebook's training alone needs: not written, and made up where it is not found.
+# Tensors that only the training of a codebook needs. They are not written, and are initialized if they are missing.
 _STATISTICS = (".inited", ".cluster_size", ".embed_avg")
 
-# transformers' EncodecConfig: what must be as it is in the encodec package's mono models ...
+# Settings of transformers' EncodecConfig that the mono models of the encodec package fix,
 _FIXED = {
     "chunk_length_s": None,
     "norm_type": "weight_norm",
@@ -35,7 +35,7 @@ _FIXED = {
     "compress": 2,
     "trim_right_ratio": 1.0,
 }
-# ... and what may differ, with the defaults of the 24 kHz model that its files leave out.
+# and those that may differ, with the defaults of the 24 kHz model, which its files omit.
 _NAMES = {
     "sample_rate": ("sampling_rate", 24_000),
     "ratios": ("upsampling_ratios", (8, 5, 4, 2)),
@@ -57,7 +57,7 @@ def write_codec(
     half_precision: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a codec, in half precision if wanted, and settings of its tokenizer; each file is whole or absent."""
+    """Write a codec and settings of its tokenizer, each file as a whole."""
     tensors = inference_state(model)
     if half_precision:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
@@ -65,7 +65,7 @@ def write_codec(
 
 
 def inference_state(model: EncodecModel) -> dict[str, Tensor]:
-    """The weights that decide codes and sounds, on the CPU, by the encodec package's names."""
+    """The weights that encoding and decoding need, on the CPU, with the encodec package's names."""
     return {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
@@ -74,10 +74,11 @@ def inference_state(model: EncodecModel) -> dict[str, Tensor]:
 
 
 def read_codec(path: Path) -> tuple[EncodecModel, CodecConfig]:
-    """A codec from a folder that `write_codec` or transformers wrote, or from Meta's 24 kHz checkpoint file.
+    """Read a codec from a folder that `write_codec` or transformers wrote, or from Meta's 24 kHz checkpoint file.
 
     Raises:
-        ValueError: a file is missing, truncated, of another model, or unlike its configuration; the message names it.
+        ValueError: a file is missing, truncated, of another model, or does not match its configuration; the message
+            names it.
     """
     if path.is_file():
         config, file, state = PRESETS["meta-24khz"], path, _read_checkpoint(path)
@@ -100,20 +101,20 @@ def read_codec(path: Path) -> tuple[EncodecModel, CodecConfig]:
 
 
 def keep_codebooks(model: EncodecModel, config: CodecConfig, count: int) -> CodecConfig:
-    """Drop all levels of `model` but the first `unmasking`; codes of the kept levels stay the same."""
+    """Drop all levels of `model` except the first `count`. The codes of the kept levels do not change."""
     if not 1 <= count <= config.codebooks:
-        raise ValueError(f"codebooks must lie in 1 … {config.codebooks}, which these weights hold; got {count!r}")
+        raise ValueError(f"codebooks must be from 1 to {config.codebooks}, the number of these weights; got {count!r}")
     del model.quantizer.vq.layers[count:]
     model.quantizer.n_q = count
     return replace(config, codebooks=count)
 
 
 def _shapes_of(config: CodecConfig, path: Path) -> dict[str, torch.Size]:
-    """Of the model's weights; no memory goes into numbers that no file backs."""
+    """The shapes of the model's weights, without allocating memory for them."""
     try:
         with torch.device("meta"):
             return _shapes(build_model(config))
-    except Exception as error:  # whatever a number that is too large runs into
+    except Exception as error:  # a number that is too large can raise anything
         raise ValueError(
             f"{path}: EncodecModel cannot be built from it: {' '.join(str(error).split()):.200}"
         ) from error
@@ -134,12 +135,12 @@ def _check(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor], file: 
     if missing or unexpected:
         examples = [f"no {name}" for name in missing[:2]] + [f"{name} unexpected" for name in unexpected[:2]]
         raise ValueError(
-            f"{file} does not fit its configuration: {len(missing)} tensors missing, {len(unexpected)} unexpected "
+            f"{file} does not match its configuration: {len(missing)} tensors missing, {len(unexpected)} unexpected "
             f"({'; '.join(examples)})"
         )
     for name, shape in wanted.items():
         if found[name] != shape:
-            raise ValueError(f"{file}: {name} is {list(found[name])}, its configuration says {list(shape)}")
+            raise ValueError(f"{file}: {name} has shape {list(found[name])}, but the configuration needs {list(shape)}")
 
 
 def _shapes(model: EncodecModel) -> dict[str, torch.Size]:
@@ -150,24 +151,24 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds no weights by name; expected Meta's EnCodec 24 kHz checkpoint")
+        raise ValueError(f"{path} must contain tensors by name, like Meta's EnCodec 24 kHz checkpoint")
     check_finite(state, str(path))
     if "encoder.model.0.conv.norm.weight" in state:
-        raise ValueError(f"{path} is the 48 kHz stereo EnCodec: {_RESCALES}")
+        raise ValueError(f"{path} is the 48 kHz stereo EnCodec. {_RESCALES}")
     return state
 
 
-_RESCALES = "its codes come with continuous scales, which fit no vocabulary; use a mono model such as the 24 kHz one"
+_RESCALES = "Its codes come with continuous scales, which cannot be tokens. Use a mono model such as the 24 kHz one."
 
 
 def _config_of_ours(settings: dict[str, Any], path: Path) -> CodecConfig:
     known = {field.name for field in fields(CodecConfig)}
-    settings = {name: value for name, value in settings.items() if name != "max_seconds"}  # the tokenizer's own
+    settings = {name: value for name, value in settings.items() if name != "max_seconds"}  # of the tokenizer
     if known != settings.keys():
         raise ValueError(
-            f"{path} is no codec's configuration: missing {sorted(known - settings.keys())}, "
+            f"{path} is not the configuration of a codec: missing {sorted(known - settings.keys())}, "
             f"unknown {sorted(settings.keys() - known)}"
         )
     try:
@@ -178,14 +179,12 @@ def _config_of_ours(settings: dict[str, Any], path: Path) -> CodecConfig:
 
 def _config_of_transformers(settings: dict[str, Any], state: dict[str, Tensor], path: Path) -> CodecConfig:
     if settings["model_type"] != "encodec":
-        raise ValueError(f"{path} describes a {settings['model_type']!r:.80} model, not 'encodec'")
+        raise ValueError(f"{path}: model_type must be 'encodec', got {settings['model_type']!r:.80}")
     if settings.get("normalize") or settings.get("audio_channels", 1) != 1:
-        raise ValueError(f"{path} describes an EnCodec such as the 48 kHz stereo one: {_RESCALES}")
+        raise ValueError(f"{path} describes an EnCodec such as the 48 kHz stereo one. {_RESCALES}")
     for name, value in _FIXED.items():
         if settings.get(name, value) != value:
-            raise ValueError(
-                f"{path}: {name} {settings[name]!r:.80} is none that the encodec package has; expected {value!r}"
-            )
+            raise ValueError(f"{path}: {name} must be {value!r}, as in the encodec package, got {settings[name]!r:.80}")
     values = {ours: settings.get(theirs, default) for ours, (theirs, default) in _NAMES.items()}
     codebooks = sum(name.startswith("quantizer.layers.") and name.endswith(".codebook.embed") for name in state)
     try:
@@ -195,7 +194,7 @@ def _config_of_transformers(settings: dict[str, Any], state: dict[str, Tensor], 
 
 
 def _renamed(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of transformers' `EncodecModel`, with weight norm of either kind, under the encodec package's names."""
+    """Tensors of transformers' `EncodecModel`, with either kind of weight norm, with the encodec package's names."""
     ours = {_transformers_name(name): name for name in wanted}
     renamed = {}
     for name, tensor in state.items():
@@ -206,7 +205,7 @@ def _renamed(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tenso
 
 
 def _transformers_name(name: str) -> str:
-    """What transformers' `EncodecModel` calls a tensor of the encodec package's model."""
+    """The name in transformers' `EncodecModel` of a tensor of the encodec package's model."""
     for ours, theirs in (
         ("quantizer.vq.layers.", "quantizer.layers."),
         ("._codebook.", ".codebook."),

@@ -1,4 +1,4 @@
-"""How far apart two sounds are to the ear, roughly.
+"""A rough perceptual distance between two sounds.
 
 Shape suffixes: B sounds, T samples, t frames, F frequencies, M mel bands.
 """
@@ -12,12 +12,12 @@ from torchaudio.functional import melscale_fbanks
 
 
 class MelLoss(nn.Module):
-    """Mean over window lengths of |Δ log mel| + |Δ mel| of magnitude spectrograms (as Défossez et al. 2022, eq. 2).
+    """The mean over window lengths of |Δ log mel| + |Δ mel| of magnitude spectrograms (Défossez et al. 2022, eq. 2).
 
     Args:
-        sample_rate: Hz.
-        windows: lengths in samples; hops are half of each.
-        floor: magnitudes below it (a full-scale sine has about 6 at 256 samples) do not count.
+        sample_rate: in Hz.
+        windows: lengths of the windows, in samples. The hops are half as long.
+        floor: smaller magnitudes are treated as this one. A full-scale sine has about 6 at 256 samples.
     """
 
     def __init__(self, sample_rate: int, windows: tuple[int, ...] = (64, 128, 256, 512, 1024), floor: float = 3e-3):

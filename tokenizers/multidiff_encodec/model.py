@@ -1,7 +1,7 @@
 """The `encodec` package's model in any size: SEANet encoder, residual vector quantizer, SEANet decoder.
 
-Défossez et al. 2022, "High Fidelity Neural Audio Compression" (arXiv:2210.13438), mono and without rescaling. What
-the package calls n_q are codebooks here, its bins a codebook's size.
+Défossez et al. 2022, "High Fidelity Neural Audio Compression" (arXiv:2210.13438), mono and without rescaling. The
+package's `n_q` is `codebooks` here, and its `bins` is `codebook_size`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import nn
 from multidiff_autoencoder.bounds import MOST_SAMPLE_RATE
 from multidiff_autoencoder.codebook import Codebook
 
-_MOST_RATIOS = 16  # channels double at each
+_MOST_RATIOS = 16  # each doubles the channels
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Size of a codec.
+    """The size of a codec.
 
     Attributes:
-        sample_rate: of the sound, Hz.
-        ratios: upsampling factors of the decoder, first to last; the encoder goes the other way. Their product is the
-            hop: samples a frame.
-        codebooks: residual levels.
-        codebook_size: codes of each, a power of two.
+        sample_rate: sample rate of the sound, Hz.
+        ratios: upsampling factors of the decoder, first to last. The encoder uses them in reverse. Their product is the
+            hop, the number of samples per frame.
+        codebooks: number of residual levels.
+        codebook_size: number of codes of each level, a power of two.
         dimension: width of latents and codes.
-        encoder_filters, decoder_filters: channels at full rate; they double at each ratio.
-        residual_layers: residual blocks a stage.
-        lstm_layers: at the lowest rate, in encoder and decoder each; 0: none.
-        causal: whether a frame sees only what came before.
-        convolved_skip: whether a 1×1 convolution is in the skip of a residual block, as in Meta's models.
+        encoder_filters, decoder_filters: channels at the full rate. Each ratio doubles them.
+        residual_layers: residual blocks per stage.
+        lstm_layers: LSTM layers at the lowest rate, in the encoder and in the decoder; 0 for none.
+        causal: whether a frame depends only on earlier samples.
+        convolved_skip: whether the skip connection of a residual block has a 1×1 convolution, as in Meta's models.
     """
 
     sample_rate: int
@@ -55,7 +55,7 @@ class CodecConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", tuple(self.ratios))
         if not 1 <= len(self.ratios) <= _MOST_RATIOS:
-            raise ValueError(f"a codec needs 1 to {_MOST_RATIOS} ratios, not {len(self.ratios):,}")
+            raise ValueError(f"a codec needs 1 to {_MOST_RATIOS} ratios, got {len(self.ratios):,}")
         for name, value in vars(self).items():
             kind = bool if name in ("causal", "convolved_skip") else int
             least = 0 if name in ("lstm_layers", "residual_layers") else 1
@@ -65,15 +65,15 @@ class CodecConfig:
         if self.sample_rate > MOST_SAMPLE_RATE:
             raise ValueError(f"sample_rate of a codec may be at most {MOST_SAMPLE_RATE:,} Hz, not {self.sample_rate:,}")
         if self.codebook_size & (self.codebook_size - 1) or self.codebook_size == 1:
-            raise ValueError(f"codebook_size {self.codebook_size} is no power of two, which the encodec package needs")
+            raise ValueError(f"codebook_size must be a power of two for the encodec package, got {self.codebook_size}")
 
     @property
     def hop(self) -> int:
-        """Samples a frame."""
+        """Samples per frame."""
         return math.prod(self.ratios)
 
 
-# Meta's 24 kHz layout has 32 codebooks; 2 of them are 1.5 kbit/s, the least it was trained for.
+# Meta's 24 kHz model has 32 codebooks. It was trained for 2 of them (1.5 kbit/s) or more.
 PRESETS = {
     "words-8khz": CodecConfig(
         8_000, codebooks=1, codebook_size=64, dimension=64, encoder_filters=8, decoder_filters=12, lstm_layers=1,
@@ -82,7 +82,7 @@ PRESETS = {
     "words-16khz": CodecConfig(
         16_000, ratios=(2, 4, 5, 8), codebooks=3, dimension=24, encoder_filters=16, decoder_filters=16, lstm_layers=1,
         causal=False, convolved_skip=False,
-    ),  # 50 frames/s, 1.5 kbit/s; a large step at the full rate, where a CPU spends its time
+    ),  # 50 frames/s, 1.5 kbit/s; the first stride is large, because a CPU spends most time at the full rate
     "8khz": CodecConfig(
         8_000, codebooks=2, dimension=128, encoder_filters=12, decoder_filters=16, lstm_layers=1, causal=False,
         convolved_skip=False,
@@ -97,7 +97,7 @@ PRESETS = {
 
 
 def build_model(config: CodecConfig, seed: int = 0) -> EncodecModel:
-    """A model with random weights that `seed` decides, in evaluation mode; the global random state stays as it was."""
+    """A model with random weights from `seed`, in evaluation mode. The global random state does not change."""
     same = {
         "dimension": config.dimension,
         "n_residual_layers": config.residual_layers,
@@ -107,7 +107,7 @@ def build_model(config: CodecConfig, seed: int = 0) -> EncodecModel:
         "lstm": config.lstm_layers,
     }
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # The package uses weight_norm of the older kind; its checkpoints are named after it.
+        # The package uses the older weight_norm, which its checkpoints' names follow.
         warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
         torch.manual_seed(seed)
         encoder = SEANetEncoder(n_filters=config.encoder_filters, **same)
@@ -124,7 +124,7 @@ def codebooks_of(quantizer: ResidualVectorQuantizer) -> list[Codebook]:
 
 
 def mark_started(quantizer: ResidualVectorQuantizer) -> None:
-    """The codes are set: the package is not to start them from the first sounds it meets."""
+    """Mark the codebooks as initialized, so that the package does not initialize them from its first batch."""
     for book in _books(quantizer):
         book.get_buffer("inited").fill_(1.0)
 

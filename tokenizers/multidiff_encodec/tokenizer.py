@@ -1,4 +1,4 @@
-"""EncodecTokenizer: sound to the codes of an EnCodec model and back.
+"""EncodecTokenizer: tokenizes sound with an EnCodec model.
 
 Shape suffixes: K levels, t frames, B sounds, T samples.
 """
@@ -23,19 +23,19 @@ _MOST_SECONDS = 120.0
 
 
 class EncodecTokenizer(SoundTokenizer):
-    """Sounds of any length, sample rate and channel count; they come back mono at the codec's rate.
+    """Tokenizes sounds of any length, sample rate and number of channels. Decoded sounds are mono at the codec's rate.
 
     Args:
-        weights: a codec for spoken words that comes with the package ("words-8khz": 25 frames/s of one code of 64;
-            "words-16khz": 50 frames/s of three codes of 1,024), a folder that `save` or a training wrote, a folder with
-            transformers' `EncodecModel`, or the file of Meta's 24 kHz checkpoint.
-        codebooks: levels to use, from the first; None: all there are. Meta's model has 32 (24 kbit/s) and was trained
-            for 2, 4, 8, 16 and 32 of them.
-        max_seconds: longest sound that is encoded; a codec takes a sound as a whole.
+        weights: a shipped codec for spoken words ("words-8khz" has 25 frames per second, each with one of 64 codes;
+            "words-16khz" has 50, each with three of 1,024 codes), a folder that `save` or a training wrote, a folder
+            with transformers' `EncodecModel`, or the file of Meta's 24 kHz checkpoint.
+        codebooks: the number of levels to use, from the first; None uses all. Meta's model has 32 levels (24 kbit/s)
+            and was trained for 2, 4, 8, 16 and 32 of them.
+        max_seconds: the maximum length of a sound to encode. A codec processes a sound as a whole.
 
     Raises:
-        ValueError: `max_seconds` is no finite number above 0, or the weights are not there, damaged, of a stereo model,
-            or have fewer levels; names the file.
+        ValueError: `max_seconds` is not a finite number above 0, or the weights are missing, damaged, of a stereo
+            model, or have fewer levels; the message names the file.
     """
 
     model: EncodecModel
@@ -49,17 +49,17 @@ class EncodecTokenizer(SoundTokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration, and names, shapes and values of the weights."""
+        """SHA-256 over the configuration, and over the names, shapes and values of the weights."""
         return fingerprint_of(asdict(self.config), inference_state(self.model))
 
     def save(self, folder: Path) -> None:
-        """Write the levels in use as a codec's folder, whose configuration also holds `max_seconds`."""
+        """Write the levels in use as the folder of a codec, with `max_seconds` in its configuration."""
         write_codec(self.model, self.config, Path(folder), settings={"max_seconds": self.max_seconds})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """The tokenizer that `save` wrote into `folder`."""
-        folder = Path(folder).resolve()  # absolute: never taken for a shipped codec
+        folder = Path(folder).resolve()  # an absolute path cannot be the name of a shipped codec
         seconds = read_json(folder / CONFIG).get("max_seconds", _MOST_SECONDS)  # version 0.1 wrote none
         return cls(str(folder), max_seconds=cls._checked_seconds(seconds, f"{folder / CONFIG}: max_seconds"))
 
@@ -80,9 +80,9 @@ def _find(weights: str) -> Path:
         return path
     if weights in PRESETS:
         raise ValueError(
-            f"no weights are shipped for {weights!r}: train them (`multidiff fit --config configs/tokenizers/…`) and "
-            "name their folder, or name a checkpoint file"
+            f"There are no shipped weights for {weights!r}. Train them with `multidiff fit --config tokenizers/…` and "
+            "give their folder, or give a checkpoint file."
         )
     raise ValueError(
-        f"{weights!r} is neither a folder or file with a codec, nor one that is shipped ({', '.join(shipped)})"
+        f"{weights!r} is neither a folder or file with a codec, nor a shipped codec ({', '.join(shipped)})"
     )

@@ -1,17 +1,21 @@
-"""Training of a codec with Lightning: `multidiff fit --config configs/tokenizers/encodec_words.yaml`.
+"""Trains a codec with Lightning: `multidiff fit --config configs/tokenizers/encodec_words.yaml`.
 
-The package's quantizer collapses when it is trained as shipped: each level's straight-through gradient runs into the
-next one's residual. Here its codebooks are trained from outside (`multidiff_autoencoder.codebook`), and the result is
-the package's own model:
+The quantizer of the package collapses when it is trained as shipped, because the straight-through gradient of each
+level flows into the residual of the next. Here `multidiff_autoencoder.codebook` trains its codebooks instead. The
+result is still the package's own model.
 
-- residuals are detached, and the straight-through estimator is applied once, over the sum of all levels;
-- the first `continuous_steps` run without codebooks; these then start from recent latents;
-- half of the items are decoded from fewer levels, drawn uniformly (SoundStream, Zeghidour et al. 2021, section III-C),
-  so that levels can be dropped afterwards.
+- Residuals are detached, and the straight-through estimator is applied once, to the sum of all levels.
+- The first `continuous_steps` steps run without codebooks. The codebooks are then initialized from recent latents.
+- Half of the items are decoded from a random, smaller number of levels (SoundStream, Zeghidour et al. 2021, section
+  III-C), so that levels can be dropped later.
 
-Loss: mean over window lengths of |Δ log mel| + |Δ mel| (`MelLoss`), plus commitment · mean (z - sg[Σ_levels e])². With
-an adversary, the package's multi-scale STFT discriminator (Défossez et al. 2022, section 3.4), a balancer gives the mel
-loss, the adversarial loss and feature matching their shares of the gradient at the output.
+The loss is the mean over window lengths of |Δ log mel| + |Δ mel| (`MelLoss`), plus
+
+    commitment · mean (z - sg[Σ_levels e])²
+
+With an adversary, the discriminator is the package's multi-scale STFT discriminator (Défossez et al. 2022, section
+3.4). A balancer then sets the shares of the mel loss, the adversarial loss and feature matching in the gradient at the
+output.
 
 Shape suffixes: B sounds, C channels (1), T samples, t frames, K levels, D latent width, N latents of a batch.
 """
@@ -45,25 +49,25 @@ from multidiff_sound.sound import spectrogram
 
 
 class EncodecTraining(AutoencoderTraining):
-    """Trains a codec and, at the end, writes a folder that `EncodecTokenizer(weights=folder)` opens.
+    """Trains a codec, and writes a folder for `EncodecTokenizer(weights=folder)` at the end.
 
-    Logged: the losses; for each level `usage`, the share of codes in use, and `perplexity`, exp of the
-    entropy of their use; of the validation and test split the mel loss by number of levels (`val/mel_1` …); in
-    TensorBoard, sounds of the validation split and their reconstructions.
+    It logs the losses; for each level `usage`, the share of codes in use, and `perplexity`, the exponential of the
+    entropy of their use; and for the validation and test splits, the mel loss by number of levels (`val/mel_1` and so
+    on). TensorBoard also gets sounds of the validation split and their reconstructions.
 
     Args:
-        preset: a size from `multidiff_encodec.model.PRESETS`: words-8khz, words-16khz, 8khz, 16khz, 24khz,
-            meta-24khz.
-        folder: where the trained codec goes.
-        settings: what differs from the preset, by name of `CodecConfig`.
-        fewer_levels: share of items decoded from a random number of levels.
-        mel: weight of the mel loss where a balancer weighs it against the adversary.
-        features: weight of feature matching, likewise.
-        discriminator_filters: channels of the discriminator.
-        **common: as `multidiff_autoencoder.training.AutoencoderTraining` has them.
+        preset: Size of the codec, from `multidiff_encodec.model.PRESETS`: words-8khz, words-16khz, 8khz, 16khz, 24khz
+            or meta-24khz.
+        folder: Folder for the trained codec.
+        settings: Changes to the preset, by the names of `CodecConfig`.
+        fewer_levels: Fraction of items that are decoded from a random number of levels.
+        mel: Weight of the mel loss in the balancer. It is used only with an adversary.
+        features: Weight of feature matching in the balancer.
+        discriminator_filters: Channels of the discriminator.
+        **common: Arguments of `multidiff_autoencoder.training.AutoencoderTraining`.
 
     Raises:
-        ValueError: an unknown preset or setting; names it.
+        ValueError: a preset or setting is unknown; the message names it.
     """
 
     model: EncodecModel
@@ -81,7 +85,7 @@ class EncodecTraining(AutoencoderTraining):
     ):
         super().__init__(folder, **common)
         if preset not in PRESETS:
-            raise ValueError(f"no codec size is called {preset!r}; known: {', '.join(PRESETS)}")
+            raise ValueError(f"there is no codec size {preset!r}; the sizes are {', '.join(PRESETS)}")
         try:
             self.config = replace(PRESETS[preset], **(settings or {}))
         except TypeError as error:
@@ -97,7 +101,7 @@ class EncodecTraining(AutoencoderTraining):
 
     @property
     def codebooks(self) -> list[Codebook]:
-        """First level first."""
+        """The codebooks, first level first."""
         return codebooks_of(self.model.quantizer)
 
     @property
@@ -105,7 +109,7 @@ class EncodecTraining(AutoencoderTraining):
         return all(book.started for book in self.codebooks)
 
     def setup(self, stage: str) -> None:
-        """Tell the data what the codec takes."""
+        """Set the data's sample rate to that of the codec."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, SoundData):
             data.suit(self.preset, self.config.sample_rate, self.config.hop)
@@ -129,7 +133,7 @@ class EncodecTraining(AutoencoderTraining):
                 {"train/discriminator": discriminator_loss}
                 | {f"train/{name}": value for name, value in adversarial_losses.items()}
             )
-        # From the first step on, though there is nothing to balance yet: the commitment keeps its share.
+        # The balancer is used from the first step on, so that the share of the commitment loss does not change.
         loss = loss + (mel if self.discriminator is None else self.balancer(losses, restored_BCT))
         self.log("train/mel", mel, prog_bar=True)
         self.log("train/commitment", commitment)
@@ -145,7 +149,7 @@ class EncodecTraining(AutoencoderTraining):
         self._evaluate("test", waveform_BCT)
 
     def _evaluate(self, stage: str, waveform_BCT: Tensor, show: bool = False) -> None:
-        """Log the mel loss of each number of levels."""
+        """Log the mel loss for each number of levels."""
         codes_BKt = self.model.encode(waveform_BCT)[0][0]
         for levels in range(1, codes_BKt.shape[1] + 1):
             restored_BCT = self.model.decode([(codes_BKt[:, :levels], None)])[..., : waveform_BCT.shape[-1]]
@@ -157,23 +161,23 @@ class EncodecTraining(AutoencoderTraining):
             self._show("original", waveform_BCT[:4])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The latents that the codebooks are to start from, as long as they have not."""
+        """Save the recent latents, from which the codebooks are initialized later."""
         checkpoint["recent_latents"] = list(self._recent)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Restore the recent latents."""
         self._recent.extend(checkpoint["recent_latents"])
 
     def write_tokenizer(self) -> None:
         write_codec(self.model, self.config, self.folder, self.half_precision)
 
     def _quantize(self, latents_BDt: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the levels' codes, straight through, and the commitment loss; the codebooks follow the latents."""
+        """The straight-through sum of all levels' codes, and the commitment loss. Also updates the codebooks."""
         generator = generator_for(self.seed, self.global_step)
         if not all(book.started for book in self.codebooks):
             self._recent.append(self.gathered(_flat(latents_BDt)))
             self._start_codebooks(generator)
-        # Which items get fewer levels differs between ranks, as the items do; the codebooks' updates do not.
+        # Items with fewer levels differ between ranks, as the items do. The updates of the codebooks do not.
         own = generator_for(self.seed, self.global_step, self.global_rank)
         count = len(self.codebooks)
         fewer_B = torch.rand(len(latents_BDt), generator=own) < self.fewer_levels
@@ -186,11 +190,11 @@ class EncodecTraining(AutoencoderTraining):
             book.follow(self.gathered(_flat(residual_BDt)), self.codebook_decay, self.reviving, generator)
             sum_BDt = sum_BDt + active_B11 * codes_BDt
             residual_BDt = residual_BDt - codes_BDt
-        # To the sum, not to each level: pulled to the first, latents would leave nothing for the others to say.
+        # Latents are pulled towards the sum. Pulled towards the first level, they would leave no residual.
         return latents_BDt + (sum_BDt - latents_BDt).detach(), F.mse_loss(latents_BDt, sum_BDt)
 
     def _start_codebooks(self, generator: torch.Generator) -> None:
-        # A checkpoint is read before the model is on its device.
+        # Latents from a checkpoint are loaded before the model is on its device.
         residual_ND = torch.cat([latents_ND.to(self.device) for latents_ND in self._recent])
         for book in self.codebooks:
             book.start(residual_ND, generator, len(self._recent))
@@ -199,7 +203,7 @@ class EncodecTraining(AutoencoderTraining):
         self._recent.clear()
 
     def _oppose(self, restored_BCT: Tensor, waveform_BCT: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The autoencoder's losses by name, and the discriminator's."""
+        """The autoencoder's adversarial losses by name, and the discriminator's loss."""
         assert self.discriminator is not None
         real_scores, real_features = self.discriminator(waveform_BCT)
         with frozen(self.discriminator):
@@ -216,7 +220,7 @@ class EncodecTraining(AutoencoderTraining):
 
 
 def _discriminator(filters: int, sample_rate: int, seed: int) -> nn.Module:
-    """The package's, with windows of 2048, 1024, 512, 256 and 128 samples at 24 kHz, as long in time at other rates."""
+    """The package's discriminator, with windows as long as 2048, 1024, 512, 256 and 128 samples at 24 kHz."""
     windows = [2 ** round(math.log2(length * sample_rate / 24_000)) for length in (2048, 1024, 512, 256, 128)]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""What the sound tokenizers share: sounds in files, a codec's folder, sound as frames of codes. No plugin in itself."""
+"""Code that the audio tokenizers share: sound files, the folder of a codec, and sound as frames of codes. No plugin."""
 
 from multidiff_sound.tokenizer import SoundTokenizer
 

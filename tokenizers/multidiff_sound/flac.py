@@ -1,4 +1,4 @@
-"""The length of a FLAC stream that was written to a pipe, whose header does not state it (RFC 9639)."""
+"""Finds the length of a FLAC stream that was written to a pipe and does not state it in its header (RFC 9639)."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import re
 
 import numpy as np
 
-HEADER = 42  # bytes: the marker, and the block that describes the stream
+HEADER = 42  # bytes of the marker and of the block that describes the stream
 _UNKNOWN = 2**36 - 1  # the bits of the number of samples
-_PERIOD = 2**15 - 1  # of x^e modulo the polynomial of the frames' CRC
+_PERIOD = 2**15 - 1  # period of x^e modulo the polynomial of the frames' CRC
 
 
 def states_length(header: bytes) -> bool:
-    """Whether a header says how many samples there are."""
+    """Whether a header states the number of samples."""
     return bool(int.from_bytes(header[18:26], "big") & _UNKNOWN)
 
 
 def with_length(header: bytes, samples: int) -> bytes:
-    """A header that states a number of samples."""
+    """The header with this number of samples."""
     return header[:18] + (int.from_bytes(header[18:26], "big") | samples).to_bytes(8, "big") + header[26:]
 
 
 def longest_frame(header: bytes) -> int:
-    """A bound for the bytes of a frame: what the header says, or the samples of the longest block at 32 bits."""
+    """An upper bound for the bytes of a frame: the header's, or that of the longest block with 32-bit samples."""
     channels = (header[20] >> 1 & 7) + 1
     return int.from_bytes(header[15:18], "big") or 4 * channels * int.from_bytes(header[10:12], "big") + 2**12
 
 
 def samples_before_end(header: bytes, tail: bytes) -> int | None:
-    """The samples of a stream that ends with `tail`; None where that does not end with a whole frame."""
+    """The number of samples of a stream that ends with `tail`; None if it does not end with a whole frame."""
     remainders = _remainders(tail)
     for match in reversed(list(re.finditer(rb"\xff[\xf8\xf9]", tail))):
         if remainders[match.start()]:
@@ -42,11 +42,11 @@ def samples_before_end(header: bytes, tail: bytes) -> int | None:
 
 
 def _numbers(frame: bytes) -> tuple[int, int] | None:
-    """The number of a frame (or, with blocks of varying size, of its first sample), and how many samples it holds."""
+    """The number of a frame (with blocks of varying size, of its first sample), and its number of samples."""
     if len(frame) < 16:
         frame = frame.ljust(16, b"\0")
     size, rate = frame[2] >> 4, frame[2] & 15
-    more = 8 - (frame[4] ^ 0xFF).bit_length()  # a number as UTF-8 writes it: so many bytes, or none for one alone
+    more = 8 - (frame[4] ^ 0xFF).bit_length()  # coded like UTF-8: the number of bytes, or 0 for one byte
     if more == 1 or more == 8 or size == 0:
         return None
     number = frame[4] & (0x7F >> more)
@@ -63,7 +63,7 @@ def _numbers(frame: bytes) -> tuple[int, int] | None:
 
 
 def _header_checksum(content: bytes) -> int:
-    """CRC-8 with the polynomial x⁸ + x² + x + 1: 0 for a content that ends with its own."""
+    """CRC-8 with the polynomial x⁸ + x² + x + 1. It is 0 for a content that ends with its own CRC."""
     register = 0
     for byte in content:
         register ^= byte
@@ -73,10 +73,10 @@ def _header_checksum(content: bytes) -> int:
 
 
 def _remainders(content: bytes) -> np.ndarray:
-    """A content from each of its bytes to its end, modulo x¹⁶ + x¹⁵ + x² + 1: 0 where that ends with its own CRC-16.
+    """For each byte, the content from there to the end, modulo x¹⁶ + x¹⁵ + x² + 1.
 
-    This is the sum of x^e modulo the polynomial over the bits that are 1, where e counts the bits behind. One pass from
-    the end gives all sums; addition is XOR.
+    The remainder is 0 if that part ends with its own CRC-16. It is the sum of x^e modulo the polynomial over the bits
+    that are 1, where e is the number of bits that follow. Addition is XOR, so one pass from the end gives all sums.
     """
     powers = np.empty(_PERIOD, np.uint16)
     power = 1

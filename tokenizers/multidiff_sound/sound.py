@@ -1,4 +1,4 @@
-"""Sound in files and out of them, at any sample rate and channel count.
+"""Reads and writes sound files, at any sample rate and number of channels.
 
 Shape suffixes: C channels, T samples.
 """
@@ -19,19 +19,19 @@ from multidiff.tokenizer import Audio, ItemError
 from multidiff_sound.containers import DamageError, Stream, streams_of
 from multidiff_sound.resampling import resample
 
-MOST_SECONDS = 3600  # of a file
-_MOST_SAMPLES = 2**30  # of all channels of a file, 4 GB: an hour of stereo at up to 149 kHz
-_BLOCK = 2**20  # samples of each channel that are decoded at once
+MOST_SECONDS = 3600  # per file
+_MOST_SAMPLES = 2**30  # per file, all channels together: 4 GB, an hour of stereo at up to 149 kHz
+_BLOCK = 2**20  # samples per channel that are decoded at once
 
 
 def read_sound(path: Path) -> Audio:
-    """A WAV (8 to 32 bits, float), FLAC, OGG or MP3 file at its own rate; floats beyond ±1 are clipped.
+    """Read a WAV (8 to 32 bits, float), FLAC, OGG or MP3 file at its own rate. Values beyond ±1 are clipped.
 
-    Headers need not state the length: streams of WAV, FLAC and MP3 are read to their end.
+    A header need not state the length: streams of WAV, FLAC and MP3 are read to their end.
 
     Raises:
-        ItemError: the file is missing, damaged, cut off, empty, longer than `MOST_SECONDS`, or holds a sample that is
-            NaN or infinite; names it.
+        ItemError: the file is missing, damaged, truncated, empty, longer than `MOST_SECONDS`, or has samples that are
+            NaN or infinite; the message names it.
     """
     try:
         check_file(path)
@@ -44,19 +44,19 @@ def read_sound(path: Path) -> Audio:
         raise ItemError(f"{path} {error}") from None
     except soundfile.LibsndfileError as error:
         reason = error.error_string.removeprefix("Error : ").rstrip(".")
-        raise ItemError(f"{path} is cut off, damaged or of a kind that is not read ({reason})") from None
+        raise ItemError(f"{path} is truncated, damaged or of an unsupported format ({reason})") from None
     except OSError as error:
         raise ItemError(f"{path} cannot be read ({error.strerror})") from None
     if sound.waveform.numel() == 0:
-        raise ItemError(f"{path} holds no samples; leave it out")
+        raise ItemError(f"{path} has no samples. Leave it out.")
     if not sound.waveform.isfinite().all():
-        raise ItemError(f"{path} holds samples that are not finite (NaN or infinite); leave it out or repair it")
+        raise ItemError(f"{path} has samples that are NaN or infinite. Leave it out or repair it.")
     sound.waveform.clamp_(-1, 1)
     return sound
 
 
 def _decode(streams: list[Stream]) -> Audio:
-    """The streams one after the other; nothing is decoded before the length of all is known."""
+    """Decode the streams one after another. Nothing is decoded before the total length is known."""
     sample_rate = channels = 0
     lengths = []
     for stream in streams:
@@ -64,16 +64,16 @@ def _decode(streams: list[Stream]) -> Audio:
             if not lengths:
                 sample_rate, channels = file.samplerate, file.channels
             if (file.samplerate, file.channels) != (sample_rate, channels):
-                raise DamageError("changes its sample rate or channels in the middle; cut it up")
+                raise DamageError("changes its sample rate or channels. Split it there.")
             if file.subtype.startswith("MPEG") and file.format != "MP3":
-                raise DamageError(f"is a {file.format} file with MP3 inside; save it as an MP3 file")
+                raise DamageError(f"is a {file.format} file that contains MP3. Save it as an MP3 file.")
             lengths.append(file.frames)
     frames = sum(lengths)
     if frames > MOST_SECONDS * sample_rate:
-        raise DamageError(f"lasts {frames / sample_rate:,.0f} s, and at most {MOST_SECONDS:,} s are read; cut it up")
+        raise DamageError(f"lasts {frames / sample_rate:,.0f} s, but the limit is {MOST_SECONDS:,} s. Split it.")
     if frames * channels > _MOST_SAMPLES:
         raise DamageError(
-            f"holds {frames * channels:,} samples in all channels, and at most {_MOST_SAMPLES:,} are read; cut it up"
+            f"has {frames * channels:,} samples in all channels, but the limit is {_MOST_SAMPLES:,}. Split it."
         )
     waveform_CT, place = torch.empty(channels, frames), 0
     for stream, length in zip(streams, lengths, strict=True):
@@ -82,7 +82,7 @@ def _decode(streams: list[Stream]) -> Audio:
             while place < end:
                 samples_TC = file.read(min(_BLOCK, end - place), dtype="float32", always_2d=True)
                 if not len(samples_TC):
-                    raise DamageError(f"is cut off after {place:,} samples; copy it again or leave it out")
+                    raise DamageError(f"is truncated after {place:,} samples. Copy it again or leave it out.")
                 waveform_CT[:, place : place + len(samples_TC)] = torch.from_numpy(samples_TC.T)
                 place += len(samples_TC)
     return Audio(waveform_CT, sample_rate)
@@ -94,40 +94,40 @@ def _opened(stream: Stream) -> soundfile.SoundFile:
 
 
 def write_sound(sound: Audio, path: Path) -> None:
-    """Write a 16-bit WAV, whole or not at all; `ValueError` naming it where that fails."""
+    """Write a 16-bit WAV file, as a whole or not at all. Raises a `ValueError` that names it if that fails."""
     samples_TC, file = sound.waveform.detach().cpu().clamp(-1, 1).T.numpy(), io.BytesIO()
     soundfile.write(file, samples_TC, sound.sample_rate, format="WAV", subtype="PCM_16")
     write_bytes(path, file.getvalue())
 
 
 def to_mono(sound: Audio, sample_rate: int) -> Tensor:
-    """Samples at `sample_rate`, channels averaged, float32 [T].
+    """The mean of the channels, resampled to `sample_rate`, float32 [T].
 
     Raises:
-        ItemError: no `Audio` of floating-point samples and a whole number of Hz, no samples, or a sample that is no
-            finite number.
+        ItemError: `sound` is not an `Audio` with floating-point samples and an integer rate, or has no samples, or
+            samples that are not finite.
     """
     if not isinstance(sound, Audio) or not isinstance(sound.waveform, Tensor) or sound.waveform.ndim != 2:
         raise ItemError(f"a sound must be an Audio with waveform [channels, samples], not {sound!r:.80}")
     if not sound.waveform.is_floating_point():
         raise ItemError(
-            f"the waveform of a sound must hold floating-point numbers in [-1, 1], not {sound.waveform.dtype}; divide "
-            "16-bit samples by 32768"
+            f"the waveform of a sound must contain floating-point numbers in [-1, 1], not {sound.waveform.dtype}. "
+            "Divide 16-bit samples by 32768."
         )
     if type(sound.sample_rate) is not int or sound.sample_rate < 1:
         raise ItemError(
             f"the sample rate of a sound must be a whole number of Hz above 0, not {sound.sample_rate!r:.80}"
         )
     if sound.waveform.numel() == 0:
-        raise ItemError("a sound of no samples cannot be tokenized; leave it out")
+        raise ItemError("a sound without samples cannot be tokenized. Leave it out.")
     waveform_T = sound.waveform.detach().cpu().float().mean(0)
     if not waveform_T.isfinite().all():
-        raise ItemError("a sound holds samples that are not finite (NaN or infinite); leave it out or repair it")
+        raise ItemError("a sound has samples that are NaN or infinite. Leave it out or repair it.")
     return resample(waveform_T, sound.sample_rate, sample_rate)
 
 
 def spectrogram(sound: Audio, height: int = 96) -> Image.Image:
-    """Log-mel picture, 60 dB from black to white, low sounds below, 10 ms a column of two pixels."""
+    """A log-mel spectrogram, low frequencies at the bottom. Black to white is 60 dB, and 10 ms are two pixels wide."""
     waveform_T = to_mono(sound, sound.sample_rate) if sound.waveform.numel() else torch.zeros(1)
     hop = max(1, sound.sample_rate // 100)
     size = 4 * hop

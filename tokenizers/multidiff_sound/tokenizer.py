@@ -1,8 +1,8 @@
-"""SoundTokenizer: sound as frames of residual codes, whatever codec makes them.
+"""SoundTokenizer: sound as frames of residual codes, for any codec.
 
-A sound of T samples at the codec's rate becomes ⌈T / hop⌉ frames of one code per level (codebook), flattened frame by
-frame: frame 0 level 0, frame 0 level 1, …, frame 1 level 0, … The first level says most; each next one what the levels
-before it left out.
+A sound of T samples at the codec's rate becomes ⌈T / hop⌉ frames. Each frame has one code per level (codebook), and the
+frames are flattened: frame 0 level 0, frame 0 level 1, …, frame 1 level 0, … The first level carries most of the sound.
+Each further level encodes what remains.
 
 Shape suffixes: N codes of one sound, K levels, t frames, B sounds, T samples.
 """
@@ -24,21 +24,21 @@ from multidiff.plugins.batching import map_batches
 from multidiff.tokenizer import Audio, Codes, ItemError, ModalityTokenizer
 from multidiff_sound.sound import read_sound, spectrogram, to_mono, write_sound
 
-_FRAMES_AT_ONCE = (128, 2048)  # on a CPU, whose caches are small, and elsewhere
+_FRAMES_AT_ONCE = (128, 2048)  # on a CPU, which has small caches, and on other devices
 
 
 class SoundTokenizer(ModalityTokenizer):
-    """Sounds of any length, sample rate and channel count; they come back mono at the codec's rate.
+    """Tokenizes sounds of any length, sample rate and number of channels. Decoded sounds are mono at the codec's rate.
 
-    Sound is mixed down, resampled and, at its end, padded with silence to whole frames. What is decoded is therefore
-    up to a frame longer than what was encoded. A subclass brings the codec: the attributes, `ids_of` and `samples_of`.
+    A sound is mixed down, resampled, and padded with silence at its end to whole frames. A decoded sound is therefore
+    up to one frame longer than its original. A subclass provides the codec: the attributes, `ids_of` and `samples_of`.
 
     Attributes:
-        model: computes both; where its parameters are, there it computes.
-        sample_rate: of the codec, Hz.
-        hop: samples a frame.
-        codebook_sizes: the same size for each level.
-        max_seconds: of a sound to encode.
+        model: the codec; it computes on the device of its parameters.
+        sample_rate: the codec's sample rate, Hz.
+        hop: samples per frame.
+        codebook_sizes: the number of codes of each level; all are equal.
+        max_seconds: the maximum length of a sound to encode.
     """
 
     modality = "audio"
@@ -50,18 +50,18 @@ class SoundTokenizer(ModalityTokenizer):
 
     @abstractmethod
     def ids_of(self, waves_BT: Tensor) -> Tensor:
-        """Samples of whole frames, mono, float32 [B, t · hop], to ids [B, t, K]."""
+        """Encode mono samples of whole frames, float32 [B, t · hop], as ids [B, t, K]."""
 
     @abstractmethod
     def samples_of(self, ids_BtK: Tensor) -> Tensor:
-        """Ids [B, t, K] to samples, mono, float32 [B, t · hop]."""
+        """Decode ids [B, t, K] to mono samples, float32 [B, t · hop]."""
 
     @torch.no_grad()
     def encode(self, items: list[Any]) -> list[Codes]:
-        """Sounds (`Audio`) to codes.
+        """Encode sounds (`Audio`).
 
         Raises:
-            ItemError: no sound, one without samples, one too long, or with samples that are no finite numbers.
+            ItemError: an item is not a sound, has no samples, is too long, or has samples that are not finite.
         """
         waves = []
         for item in items:
@@ -77,10 +77,10 @@ class SoundTokenizer(ModalityTokenizer):
 
     @torch.no_grad()
     def decode(self, codes: list[Codes]) -> list[Audio]:
-        """Codes to sounds, mono float32 in [-1, 1], `hop` samples a frame; no frames give a sound of no samples.
+        """Decode sounds: mono, float32 in [-1, 1], `hop` samples per frame.
 
         Raises:
-            ValueError: ids outside the codebooks, or not as many as the size asks for.
+            ValueError: ids are outside the codebooks, or their number does not match the size.
         """
         grids = []
         for one in codes:
@@ -94,11 +94,11 @@ class SoundTokenizer(ModalityTokenizer):
         return [Audio(wave_T.clamp(-1, 1)[None], self.sample_rate) for wave_T in waves]
 
     def canvas(self, frames: int | None = None) -> Codes:
-        """A blank sound of `frames` (about a second of them by default)."""
+        """A blank sound of `frames` frames, by default about one second."""
         if frames is None:
             frames = max(1, round(self.sample_rate / self.hop))
         if type(frames) is not int or frames < 0:
-            raise ValueError(f"a sound has a whole number of frames, 0 or more, not {frames!r}")
+            raise ValueError(f"frames must be a whole number of at least 0, got {frames!r}")
         levels = len(self.codebook_sizes)
         levels_N = torch.arange(levels).repeat(frames)
         frames_N = torch.arange(frames).repeat_interleave(levels)
@@ -106,26 +106,26 @@ class SoundTokenizer(ModalityTokenizer):
         return Codes(torch.zeros_like(levels_N), levels_N, coords_N3, {"frames": frames})
 
     def read(self, value: Any, folder: Path) -> Audio:
-        """The sound in a file: WAV, FLAC, OGG or MP3."""
+        """Read a WAV, FLAC, OGG or MP3 file."""
         if not isinstance(value, str):
-            raise ItemError(f"a sound is named by the path of its file, not by {value!r}")
+            raise ItemError(f"a sound must be given as the path of its file, got {value!r}")
         path = Path(folder) / value
         sound = read_sound(path)
         self._check_length(sound.waveform.shape[1] / sound.sample_rate, f"{path}: a sound")
         return sound
 
     def write(self, item: Any, stem: Path) -> Path:
-        """Write a 16-bit WAV at the sound's own rate."""
+        """Write a 16-bit WAV file at the sound's own rate."""
         path = stem.with_name(f"{stem.name}.wav")
         write_sound(item, path)
         return path
 
     def preview(self, item: Any) -> Image.Image:
-        """Its log-mel spectrogram."""
+        """The log-mel spectrogram of a sound."""
         return spectrogram(item)
 
     def examples(self) -> list[Audio]:
-        """A rising tone; two tones in stereo at 44.1 kHz; a click shorter than a frame."""
+        """A rising tone, two tones in stereo at 44.1 kHz, and a click that is shorter than a frame."""
         rate = self.sample_rate
         second_T = torch.arange(rate) / rate
         rising_T = 0.5 * torch.sin(2 * torch.pi * (100 + 500 * second_T) * second_T)
@@ -141,18 +141,18 @@ class SoundTokenizer(ModalityTokenizer):
     @staticmethod
     def _checked_seconds(max_seconds: Any, name: str = "max_seconds") -> float:
         if type(max_seconds) not in (int, float) or not 0 < max_seconds < math.inf:
-            raise ValueError(f"{name} must be a finite number above 0, not {max_seconds!r:.80}")
+            raise ValueError(f"{name} must be a finite number above 0, got {max_seconds!r:.80}")
         return float(max_seconds)
 
     def _check_length(self, seconds: float, what: str) -> None:
         if seconds > self.max_seconds:
             raise ItemError(
-                f"{what} of {seconds:.1f} s is longer than max_seconds, {self.max_seconds:g}; cut it, or raise "
-                "max_seconds if memory allows"
+                f"{what} of {seconds:.1f} s is longer than max_seconds, {self.max_seconds:g}. Split it, or raise "
+                "max_seconds if memory allows."
             )
 
     def _mapped(self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], samples_each: int) -> list[Tensor]:
-        """`function` of each input in batches; an entry of its first dimension stands for `samples_each`."""
+        """Apply `function` to each input, in batches. `samples_each` is the number of samples per row of an input."""
         device = next(self.model.parameters()).device
         most = _FRAMES_AT_ONCE[device.type != "cpu"] * self.hop // samples_each
         outputs = iter(

@@ -1,4 +1,4 @@
-"""Pictures of a data folder in batches of one size each, for training a `VQModel`."""
+"""The images of a data folder, in batches of one size each, for training a `VQModel`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from multidiff_vq.resize import Resize, Resizer, misfit
 
 
 class PictureData(BatchedData):
-    """The pictures that a data folder's `metadata.jsonl` names, each once, as uint8 [B, C, H, W].
+    """The images in a data folder's `metadata.jsonl`, without duplicates, as uint8 [B, C, H, W].
 
-    Files are read and resized as `VQTokenizer` does it, so that the trained tokenizer takes the same files.
+    Files are read and resized as in `VQTokenizer`, so that the trained tokenizer accepts the same files.
 
     Args:
-        folder: the data folder.
-        name: the name under which its segments hold pictures.
-        channels: 1 for grey, 3 for RGB; by default those of the model that is trained.
-        height, width: pixels; by default the model's `sample_size`.
-        batch_size: pictures of a batch, on each device.
-        num_workers: processes that read ahead.
-        seed: decides the order, together with the epoch.
-        resize: what happens to a picture of another size, as `VQTokenizer` has it: "crop", "pad", "fit" (each batch is
-            then of pictures of one size), or `None`, which refuses it.
+        folder: Data folder.
+        name: Key of the images in `metadata.jsonl`.
+        channels: 1 for greyscale, 3 for RGB. The default is that of the trained model.
+        height, width: Size in pixels. The default is the model's `sample_size`.
+        batch_size: Number of images per batch and device.
+        num_workers: Number of processes that read ahead.
+        seed: Random seed for the order.
+        resize: How an image of another size is resized, as in `VQTokenizer`: "crop", "pad" or "fit", where each batch
+            has images of one size. With null an image of another size is an error.
 
     Raises:
-        ValueError: the folder names no picture for training or validation, one cannot be read, or the size is not one
-            of the model; names it.
+        ValueError: the folder has no images for training or validation, an image cannot be read, or the size does not
+            fit the model; the message names it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PictureData(BatchedData):
     ):
         super().__init__()
         if channels not in (None, *MODES):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+            raise ValueError(f"channels must be 1 (greyscale) or 3 (RGB), got {channels}")
         self.folder, self._name, self.channels = Path(folder), name, channels
         self.height, self.width = height, width
         self.resize: Resize | None = resize
@@ -62,36 +62,36 @@ class PictureData(BatchedData):
             self._suited = MODES[channels], Resizer(resize, height, width, 1)
 
     def suit(self, preset: str, channels: int, side: int, stride: int) -> None:
-        """Take from the model that is trained what the configuration of the data leaves open.
+        """Adopt the channels and size of the trained model, unless the data's configuration sets them.
 
         Args:
-            preset: the model's name, for errors.
-            channels: of the model.
-            side: pixels of its pictures; of those that are not square, of the longer side.
-            stride: pixels of a code.
+            preset: the name of the model, for errors.
+            channels: the model's channels.
+            side: the longer side of the model's images, in pixels.
+            stride: pixels per code, in each direction.
 
         Raises:
-            ValueError: the configuration of the data says something else.
+            ValueError: the data's configuration does not fit the model.
         """
         if self.channels not in (None, channels):
             raise ValueError(
-                f"PictureData has channels: {self.channels}, and preset {preset!r} has {channels}: leave channels out, "
-                "or take another preset"
+                f"PictureData has channels {self.channels}, but preset {preset!r} has {channels}. Remove channels, or "
+                "choose another preset."
             )
         height = side if self.height is None else self.height
         width = side if self.width is None else self.width
         if max(height, width) != side:
             raise ValueError(
-                f"PictureData has height {height} and width {width}, and preset {preset!r} trains on pictures whose "
-                f"longer side has {side} pixels: leave height and width out, or set sample_size in the model's settings"
+                f"PictureData has height {height} and width {width}, but preset {preset!r} needs a longer side of "
+                f"{side} pixels. Remove height and width, or set sample_size in the model's settings."
             )
         if problem := misfit(height, width, stride):
-            raise ValueError(f"preset {preset!r}: a picture {problem}")
+            raise ValueError(f"preset {preset!r}: an image {problem}")
         self._suited = MODES[channels], Resizer(self.resize, height, width, stride)
 
     @property
     def resizer(self) -> Resizer:
-        """How pictures get their size."""
+        """Resizes the images."""
         return self._suit[1]
 
     @property
@@ -123,7 +123,7 @@ class PictureData(BatchedData):
         return self._loader(pictures, batches)
 
     def _loader(self, pictures: Dataset, batches: Any) -> StatefulDataLoader:
-        alone = torch.Generator()  # leaves the global one alone
+        alone = torch.Generator()  # instead of the global one
         return StatefulDataLoader(pictures, batch_sampler=batches, num_workers=self.num_workers, generator=alone)
 
     def _pictures(self, split: str) -> _Pictures:
@@ -138,7 +138,7 @@ class _Pictures(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        path = self.paths[key[1]]  # the epoch makes no difference here
+        path = self.paths[key[1]]  # the same in every epoch
         picture = read_picture(path)
         with naming_picture(path):
             resized = self.resizer(convert(picture, self.mode))
@@ -147,14 +147,14 @@ class _Pictures(Dataset[Tensor]):
                 self.resizer.width,
             ):
                 raise ItemError(
-                    f"the picture has height {resized.height} and width {resized.width}, and training has "
-                    f"{self.resizer.height} and {self.resizer.width}: set resize: crop (or pad, or fit) in the data's "
-                    "init_args"
+                    f"the image has height {resized.height} and width {resized.width}, but training needs "
+                    f"{self.resizer.height} and {self.resizer.width}. Set resize: crop (or pad, or fit) in the data's "
+                    "init_args."
                 )
         return to_pixels(resized)
 
     def by_size(self) -> list[list[int]]:
-        """Indices of the pictures that get the same size."""
+        """The indices of the images, grouped by their size after resizing."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, path in enumerate(self.paths):
             height, width = read_size(path)
@@ -164,10 +164,10 @@ class _Pictures(Dataset[Tensor]):
 
 
 class BatchesBySize(EpochBatches):
-    """(epoch, index) of each batch: as `ShuffledBatches`, but each is of one group, on all ranks of the same.
+    """(epoch, index) of each batch, like `ShuffledBatches`, but each batch is from one group, the same on all ranks.
 
-    Every picture comes in every epoch. What does not fill a batch of its group makes a smaller one; where a group
-    cannot be shared out evenly, the last ranks repeat some of its pictures.
+    Every epoch has every image. The last batch of a group may be smaller. If a group cannot be divided evenly, the last
+    ranks repeat some of its images.
     """
 
     def __init__(self, groups: list[list[int]], batch_size: int, seed: int, rank: int, ranks: int):
@@ -186,5 +186,5 @@ class BatchesBySize(EpochBatches):
         return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _share(self, group: list[int]) -> int:
-        """Pictures of a group that each rank gets."""
+        """The number of images of a group that each rank gets."""
         return -(-len(group) // self.ranks)

@@ -1,7 +1,7 @@
-"""A `VQModel` of diffusers in a folder: `config.json`, `diffusion_pytorch_model.safetensors`.
+"""Reads and writes diffusers' `VQModel` in a folder: `config.json` and `diffusion_pytorch_model.safetensors`.
 
-Every name and shape is compared before anything is loaded: diffusers itself fills a missing tensor with random numbers
-and only warns. Reading runs no code from the folder and leaves the global random state alone.
+Every name and shape must match before anything is loaded. diffusers itself fills a missing tensor with random numbers
+and only warns. Reading runs no code from the folder and does not change the global random state.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-# Attention weights as diffusers wrote them before 0.18.
+# Names of attention weights in diffusers before 0.18.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def read_model(folder: Path) -> VQModel:
-    """The model in `folder`, float32, for inference, on the CPU.
+    """The model in `folder`, in float32 on the CPU, for inference.
 
     Raises:
-        ValueError: a missing, truncated or foreign file, or weights that do not match the configuration; names it.
+        ValueError: a file is missing, truncated or foreign, or the weights do not match the configuration; the message
+            names the file.
     """
-    from diffusers.models.autoencoders.vq_model import VQModel  # seconds, which a list of plugins need not take
+    from diffusers.models.autoencoders.vq_model import VQModel  # takes seconds, which listing the plugins should not
 
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: expected one with {CONFIG} and {WEIGHTS}")
+        raise ValueError(f"{folder} is not a folder; expected a folder with {CONFIG} and {WEIGHTS}")
     path = folder / CONFIG
     config = read_json(path)
     if config.get("_class_name") != "VQModel":
@@ -46,13 +47,13 @@ def read_model(folder: Path) -> VQModel:
                          "not a VQModel")  # fmt: skip
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
     if unknown := arguments.keys() - inspect.signature(VQModel.__init__).parameters.keys():
-        raise ValueError(f"{path}: VQModel knows no {', '.join(sorted(unknown)):.200}")
+        raise ValueError(f"{path}: VQModel has no setting {', '.join(sorted(unknown)):.200}")
     tensors = {_new_name(name): tensor.float() for name, tensor in read_tensors(folder / WEIGHTS).items()}
     check_counts(arguments, ["layers_per_block"], len(tensors), path)
     try:
-        with torch.device("meta"):  # neither time nor random numbers for weights that the file replaces
+        with torch.device("meta"):  # spend no time or random numbers on weights that the file replaces
             model = VQModel(**arguments)
-    except Exception as error:  # whatever a wrong type or number runs into
+    except Exception as error:  # a wrong type or number can raise anything
         raise ValueError(f"{path}: VQModel cannot be built from it: {' '.join(str(error).split()):.200}") from error
     _check_shapes(tensors, model.state_dict(), folder / WEIGHTS)
     model.load_state_dict(tensors, assign=True)
@@ -60,11 +61,12 @@ def read_model(folder: Path) -> VQModel:
 
 
 def write_model(model: VQModel, folder: Path, half_precision: bool = False) -> None:
-    """Write `model` as diffusers does, in half precision if wanted; each file whole or not at all."""
+    """Write `model` as diffusers does, each file as a whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half_precision:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
+    # `save_file` would make the file unreadable for other users.
+    write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_json(folder / CONFIG, json.loads(model.to_json_string()))
 
 

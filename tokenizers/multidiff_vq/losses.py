@@ -1,4 +1,4 @@
-"""How far a restored picture is from the original, and a discriminator that tells the two apart.
+"""Losses between an image and its reconstruction, and a discriminator that tells the two apart.
 
 Shape suffixes: B pictures, C channels, H, W pixels or features down and across.
 """
@@ -20,12 +20,14 @@ from torchvision.models.vgg import cfgs, make_layers
 
 _SCALES = 3
 _LAYERS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the backbone has seen
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on which the backbone was trained
 
 
 def gradient_loss(restored_BCHW: Tensor, signal_BCHW: Tensor) -> Tensor:
-    """Mean over scales 1, ½ and ¼ of |Δ∂/∂x| + |Δ∂/∂y|, differences of neighbouring pixels: keeps edges in place
-    (after Mathieu et al. 2016, arXiv:1511.05440, eq. 6)."""
+    """The mean over scales 1, ½ and ¼ of |Δ∂/∂x| + |Δ∂/∂y|, where derivatives are differences of neighbouring pixels.
+
+    It keeps edges in place (Mathieu et al. 2016, arXiv:1511.05440, eq. 6, at several scales).
+    """
     parts = []
     error_BCHW = restored_BCHW - signal_BCHW
     for scale in range(_SCALES):
@@ -39,15 +41,17 @@ def gradient_loss(restored_BCHW: Tensor, signal_BCHW: Tensor) -> Tensor:
 
 
 class PerceptualLoss(nn.Module):
-    """Mean over four layers of VGG-16 of |f(x̂)/‖f(x̂)‖ - f(x)/‖f(x)‖|², features of a place normalised over channels
-    (after LPIPS, Zhang et al. 2018, arXiv:1801.03924, eq. 1, without its learned weights). Grey is repeated to RGB.
+    """The mean over four layers of VGG-16 of |f(x̂)/‖f(x̂)‖ - f(x)/‖f(x)‖|².
+
+    The features at each place are normalised over channels. This is LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1)
+    without its learned weights. Greyscale is repeated to RGB.
 
     Args:
-        backbone: a file with torchvision's VGG-16 weights, `.safetensors` or the `.pth` that torchvision publishes;
-            nothing is downloaded.
+        backbone: a file with torchvision's VGG-16 weights: `.safetensors`, or the `.pth` file that torchvision
+            publishes. Nothing is downloaded.
 
     Raises:
-        ValueError: the file is missing, or holds something else; names it.
+        ValueError: the file is missing, or contains something else; the message names it.
     """
 
     mean_C11: Tensor
@@ -59,7 +63,7 @@ class PerceptualLoss(nn.Module):
             layers = list(make_layers(cfgs["D"], batch_norm=False))[: _LAYERS[-1] + 1]
         self.features = nn.ModuleList(layers)
         tensors = _read_backbone(Path(backbone), self.features.state_dict())
-        for name, tensor in tensors.items():  # buffers that no checkpoint keeps: the file is there
+        for name, tensor in tensors.items():  # as buffers that checkpoints omit, because the file has them
             place, kind = name.split(".")
             delattr(layers[int(place)], kind)
             layers[int(place)].register_buffer(kind, tensor, persistent=False)
@@ -81,12 +85,13 @@ class PerceptualLoss(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): convolutions that score patches of a picture.
+    """PatchGAN (Isola et al. 2017, arXiv:1611.07004): convolutions that score patches of an image.
 
     Args:
-        channels: of the pictures.
-        width: channels of the first layer; they double with each, up to four times.
-        layers: that halve the picture; a score sees 16, 34 or 70 pixels each way with 1, 2 or 3.
+        channels: the channels of the images.
+        width: the channels of the first layer. Each further layer doubles them, up to four times the width.
+        layers: the number of layers that halve the image. With 1, 2 or 3 a score depends on 16, 34 or 70 pixels in
+            each direction.
     """
 
     def __init__(self, channels: int, width: int = 32, layers: int = 2):
@@ -100,23 +105,24 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, signal_BCHW: Tensor) -> Tensor:
-        """Scores, high for what looks real, [B, 1, H', W']."""
+        """Scores [B, 1, H', W'], which are high for patches that look real."""
         return self.layers(signal_BCHW)
 
 
 def _read_backbone(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a perceptual loss needs VGG-16 weights of torchvision on this machine")
+        raise ValueError(f"{path} does not exist. The perceptual loss needs a file with torchvision's VGG-16 weights.")
     try:
         tensors: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # of code that the file would run, too
-        raise ValueError(f"{path} holds something else than tensors, and is not loaded") from error
+    except pickle.UnpicklingError as error:  # also for code that the file would run
+        raise ValueError(f"{path} contains more than tensors, and is not loaded") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     found: dict[str, Tensor] = {}
     for name, tensor in wanted.items():
         loaded = tensors.get(f"features.{name}") if isinstance(tensors, dict) else None
         if not isinstance(loaded, Tensor) or loaded.shape != tensor.shape:
-            raise ValueError(f"{path} holds no VGG-16 of torchvision: features.{name} of shape {list(tensor.shape)}")
+            shape = list(tensor.shape)
+            raise ValueError(f"{path} is not torchvision's VGG-16: it lacks features.{name} of shape {shape}")
         found[name] = loaded.float()
     return found

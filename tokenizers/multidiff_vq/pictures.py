@@ -1,4 +1,4 @@
-"""Picture files to pixels and back.
+"""Reads and writes image files, and converts images to tensors and back.
 
 Shape suffixes: C channels, H rows, W columns.
 """
@@ -21,16 +21,16 @@ from multidiff.files import check_file, write_bytes
 from multidiff.tokenizer import ItemError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode by number of channels
-_DETOURS = {"LAB": "RGB", "La": "LA"}  # modes of which Pillow makes others by way of these only
-MOST_PIXELS = 2**26  # of a file: 8,192 × 8,192
+_DETOURS = {"LAB": "RGB", "La": "LA"}  # modes that Pillow converts only to these
+MOST_PIXELS = 2**26  # per file: 8,192 × 8,192
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The picture in a file, the first of several, turned upright as its EXIF tag says, otherwise as it is.
+    """Read the first image in a file, and turn it upright as its EXIF tag says.
 
     Raises:
-        ItemError: no such file, not a whole picture, one that `convert` cannot take, or one of more than `MOST_PIXELS`,
-            which a file of some hundred bytes can claim to be; names the file.
+        ItemError: the file is missing, is not a complete image, has a mode that `convert` refuses, or has more than
+            `MOST_PIXELS`, which a file of some hundred bytes can declare; the message names the file.
     """
     with _opened(path) as picture:
         picture.load()
@@ -41,13 +41,13 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_picture` gives, from the beginning of the file.
+    """(height, width) of the image that `read_picture` returns, from the beginning of the file.
 
     Raises:
-        ItemError: as `read_picture`, except that what follows may be damaged.
+        ItemError: as in `read_picture`, but damage after the beginning goes unnoticed.
     """
     with _opened(path) as picture:
-        # Pillow turns TIFF files itself.
+        # Pillow itself turns TIFF files upright.
         turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         width, height = picture.size
         return (width, height) if turned else (height, width)
@@ -55,7 +55,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def naming_picture(path: Path) -> Iterator[None]:
-    """Put the name of its file into what is said of a picture."""
+    """Add the name of the file to an `ItemError` inside the block."""
     try:
         yield
     except ItemError as error:
@@ -67,52 +67,52 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         check_file(path)
     except ValueError as error:
-        raise ItemError(f"{error}; a relative path counts from the folder of metadata.jsonl") from None
+        raise ItemError(f"{error}. A relative path starts at the folder of metadata.jsonl.") from None
     try:
-        # Not from its path: Pillow would map the file into memory, and garble TIFF files that it turns.
+        # Given a path, Pillow would map the file into memory, and garble TIFF files that it turns.
         with path.open("rb") as file, Image.open(file, formats=_formats()) as picture:
-            if picture.width * picture.height > MOST_PIXELS:  # known before anything is unpacked
+            if picture.width * picture.height > MOST_PIXELS:  # before anything is decompressed
                 raise ItemError(
-                    f"{path} has {picture.width:,} × {picture.height:,} pixels, and at most {MOST_PIXELS:,} are read; "
-                    "scale it down"
+                    f"{path} has {picture.width:,} × {picture.height:,} pixels, but the limit is {MOST_PIXELS:,}. "
+                    "Scale it down."
                 )
             yield picture
     except ItemError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit is higher
-        raise ItemError(f"{path} has more than the {MOST_PIXELS:,} pixels that are read; scale it down") from None
+        raise ItemError(f"{path} has more pixels than the limit of {MOST_PIXELS:,}. Scale it down.") from None
     except UnidentifiedImageError:
         raise ItemError(
-            f"{path} is not a readable picture (of no format that is known); replace the file or drop its line"
+            f"{path} is not a readable image (unknown format). Replace the file or remove its line."
         ) from None
     except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ItemError(f"{path} is not a readable picture ({reason}); replace the file or drop its line") from error
+        raise ItemError(f"{path} is not a readable image ({reason}). Replace the file or remove its line.") from error
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that Pillow reads, except PostScript: Pillow runs Ghostscript on it."""
+    """The formats that Pillow reads, except PostScript, for which Pillow runs Ghostscript."""
     Image.init()
     return tuple(sorted(Image.OPEN.keys() - {"EPS"}))
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG file, whole or not at all."""
+    """Write a PNG file, as a whole or not at all."""
     content = BytesIO()
     picture.save(content, "PNG")
     write_bytes(path, content.getvalue())
 
 
 def convert(picture: Any, mode: str) -> Image.Image:
-    """A picture of any 8- or 16-bit mode as grey (ITU-R 601 luma) or RGB; what is transparent shows white behind it.
+    """Convert an image of any 8- or 16-bit mode to greyscale (ITU-R 601 luma) or RGB. Transparent parts become white.
 
     Args:
         picture: a `PIL.Image`.
         mode: "L" or "RGB".
 
     Raises:
-        ItemError: no picture, or pixels of 32 bits, which have no agreed white.
+        ItemError: `picture` is not an image, or has 32-bit pixels, whose range is not defined.
     """
     if not isinstance(picture, Image.Image):
         raise ItemError(f"expected a PIL.Image, not {type(picture).__name__}: {str(picture)[:40]!r}")
@@ -121,7 +121,7 @@ def convert(picture: Any, mode: str) -> Image.Image:
     if picture.mode.startswith("I;16"):  # Pillow's own conversion clips everything above 255 to white
         deep = np.asarray(picture)
         shallow = (deep >> 8).astype(np.uint8)
-        clear = picture.info.get("transparency")  # a shade of grey that a PNG declares transparent
+        clear = picture.info.get("transparency")  # the grey level that a PNG declares transparent
         picture = Image.fromarray(shallow if clear is None else np.where(deep == clear, np.uint8(255), shallow))
     if picture.mode in _DETOURS:
         picture = picture.convert(_DETOURS[picture.mode])
@@ -132,7 +132,7 @@ def convert(picture: Any, mode: str) -> Image.Image:
 
 
 def _in_16_bits(picture: Image.Image) -> Image.Image:
-    """A PGM file of more than 8 bits, which Pillow scales to 16 bits and keeps in 32, as what it is."""
+    """Restore 16-bit pixels of a PGM file with more than 8 bits, which Pillow scales to 16 and stores in 32 bits."""
     if picture.format != "PPM" or picture.mode != "I":
         return picture
     return Image.fromarray(np.asarray(picture).astype(np.uint16))
@@ -140,11 +140,11 @@ def _in_16_bits(picture: Image.Image) -> Image.Image:
 
 def _check_mode(picture: Image.Image) -> None:
     if picture.mode in ("I", "F"):
-        raise ItemError(f"a picture of mode {picture.mode!r} has no agreed white; scale it to 8 bits first")
+        raise ItemError(f"an image of mode {picture.mode!r} has no defined range. Scale it to 8 bits first.")
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
-    """A grey or RGB picture as uint8 [C, H, W]."""
+    """A greyscale or RGB image as uint8 [C, H, W]."""
     array = np.array(picture, dtype=np.uint8)
     return torch.from_numpy(array.reshape(picture.height, picture.width, -1)).permute(2, 0, 1).contiguous()
 
@@ -156,7 +156,7 @@ def from_pixels(pixels_CHW: Tensor) -> Image.Image:
 
 
 def to_signal(pixels: Tensor) -> Tensor:
-    """uint8 to what a `VQModel` takes: float32, -1 black, 1 white."""
+    """Convert uint8 to the input of a `VQModel`: float32, from -1 (black) to 1 (white)."""
     return pixels.float() / 127.5 - 1
 
 

@@ -1,7 +1,7 @@
-"""Sizes of `VQModel`s to train, by name: arguments of diffusers' `VQModel`, which a training's `settings` may change.
+"""Named sizes of `VQModel`s to train. A preset has arguments of diffusers' `VQModel`, which `settings` can change.
 
-Channels are few where pixels are many: convolutions at full resolution take most of the time. With s stages the stride
-is 2^(s-1), and a picture of H×W pixels has (H/stride)·(W/stride) codes.
+Layers with many pixels have few channels, because convolutions at full resolution take most of the time. With s stages
+the stride is 2^(s-1), and an image of H×W pixels has (H/stride)·(W/stride) codes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""How latents become codes in training. Whatever the quantizer, a trained model is an ordinary `VQModel`: each has a
-codebook of which it takes the nearest code.
+"""Quantizers for training. With each of them the trained model is an ordinary `VQModel`, which picks the nearest code.
 
-- `vq`: learned codes (van den Oord et al. 2017, arXiv:1711.00937), kept in use by `multidiff_autoencoder.codebook`;
-- `fsq`: each of D numbers rounded to one of a few levels in [-1, 1] (Mentzer et al. 2023, arXiv:2309.15505), with a
-  clamp instead of tanh, so that rounding is the nearest code; the codebook is the grid of all combinations;
-- `lfq`: each of D numbers rounded to -1 or 1 (Yu et al. 2023, arXiv:2310.05737), with its entropy loss; the codebook is
+- `vq` learns its codes (van den Oord et al. 2017, arXiv:1711.00937), and `multidiff_autoencoder.codebook` keeps them in
+  use.
+- `fsq` rounds each of D numbers to one of a few levels in [-1, 1] (Mentzer et al. 2023, arXiv:2309.15505). A clamp in
+  place of tanh makes rounding equal to the nearest code. The codebook is the grid of all combinations.
+- `lfq` rounds each of D numbers to -1 or 1 (Yu et al. 2023, arXiv:2310.05737) and has an entropy loss. The codebook is
   the corners of a cube.
 
-The latter two are those of `vector-quantize-pytorch`; nothing of them is learned, so no code can be lost for good.
+`fsq` and `lfq` are those of `vector-quantize-pytorch`. Their codes are not learned, so none can be lost for good.
 
 Shape suffixes: B pictures, h, w codes down and across, N latents of a batch on all ranks, V codes, D latent width.
 """
@@ -26,34 +26,34 @@ Quantizer = Literal["vq", "fsq", "lfq"]
 
 
 def codebook_arguments(quantizer: Quantizer, codes: int, levels: Sequence[int] | None) -> dict[str, int]:
-    """`VQModel`'s arguments that the quantizer decides.
+    """The arguments of `VQModel` that depend on the quantizer.
 
     Args:
         quantizer: vq, fsq or lfq.
-        codes: size of the codebook, as the preset has it.
-        levels: of fsq, by dimension of the latent.
+        codes: the size of the preset's codebook.
+        levels: the number of fsq's levels for each dimension of the latent.
 
     Raises:
-        ValueError: levels for another quantizer, none for fsq, or a codebook that is no power of two for lfq.
+        ValueError: fsq has no levels, another quantizer has some, or lfq's codebook size is not a power of two.
     """
     if (quantizer == "fsq") != (levels is not None):
         raise ValueError(
-            f"quantizer {quantizer} and levels {levels}: fsq has levels such as [8, 5, 5], the others none"
+            f"quantizer {quantizer} with levels {levels}: fsq needs levels such as [8, 5, 5], and the others have none"
         )
     if quantizer == "fsq":
         assert levels is not None
         if not levels or min(levels) < 2:
-            raise ValueError(f"levels of fsq must each be at least 2, not {list(levels)}")
+            raise ValueError(f"levels of fsq must each be at least 2, got {list(levels)}")
         return {"num_vq_embeddings": math.prod(levels), "vq_embed_dim": len(levels)}
     if quantizer == "lfq":
         if codes < 2 or codes & (codes - 1):
-            raise ValueError(f"the codebook of lfq has a power of two as its size, not {codes}")
+            raise ValueError(f"the codebook size of lfq must be a power of two, got {codes}")
         return {"num_vq_embeddings": codes, "vq_embed_dim": codes.bit_length() - 1}
     return {"num_vq_embeddings": codes}
 
 
 def fixed_quantizer(quantizer: Quantizer, model: VQModel, levels: Sequence[int] | None) -> nn.Module | None:
-    """The module that quantizes in training, its codes written into the model's codebook; None for `vq`, which learns.
+    """The module that quantizes in training, or None for `vq`. Its codes are written into the model's codebook.
 
     Raises:
         ValueError: vector-quantize-pytorch is not installed.
@@ -68,7 +68,7 @@ def fixed_quantizer(quantizer: Quantizer, model: VQModel, levels: Sequence[int] 
         ) from None
     codebook = model.quantize.embedding.weight
     if quantizer == "fsq":
-        # Symmetric levels and a clamp: with both, and only then, rounding is the nearest code.
+        # Only symmetric levels together with a clamp make rounding equal to the nearest code.
         fixed = FSQ(list(levels or ()), preserve_symmetry=True, bound_hard_clamp=True)
         codes_VD = fixed.get_buffer("implicit_codebook")
     else:
@@ -80,7 +80,11 @@ def fixed_quantizer(quantizer: Quantizer, model: VQModel, levels: Sequence[int] 
 
 
 def quantize(fixed: Any, latents_BDhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a fixed quantizer makes of latents: codes with a straight-through gradient [B, D, h, w], ids [B, h, w], and
-    its own loss (of lfq the entropy of each choice less that of all choices, nats; else 0)."""
+    """Quantize latents with a fixed quantizer.
+
+    Returns:
+        codes with a straight-through gradient [B, D, h, w]; ids [B, h, w]; the quantizer's own loss. For lfq the loss
+        is the mean entropy of a choice minus the entropy of the mean choice, in nats. For fsq it is 0.
+    """
     quantized_BDhw, ids_Bhw, *loss = fixed(latents_BDhw)
     return quantized_BDhw, ids_Bhw.long(), loss[0] if loss else latents_BDhw.new_zeros(())

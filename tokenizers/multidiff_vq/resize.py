@@ -1,4 +1,4 @@
-"""Pictures of any size brought to one that the model takes: the same function in training and in use.
+"""Resizes images to a size that fits the model, in the same way in training and in use.
 
 Sizes are (height, width) in pixels.
 """
@@ -17,27 +17,27 @@ from multidiff_vq.pictures import MOST_PIXELS
 
 Resize = Literal["crop", "pad", "fit"]
 RESIZES: tuple[str, ...] = get_args(Resize)
-LARGEST_RATIO = 100  # of the longer side to the shorter: beyond, a resized picture shows nothing of the original
+LARGEST_RATIO = 100  # of the longer side to the shorter; beyond, a resized image shows nothing of the original
 
-_ADVICE = "let its tokenizer resize it, as in `image: {plugin: vq, weights: ..., resize: crop}` (or pad, or fit); "
-_METHOD = Image.Resampling.BICUBIC  # Pillow widens it where it scales down, so nothing is aliased
+_ADVICE = " Let the tokenizer resize it with `image: {plugin: vq, weights: ..., resize: crop}` (or pad, or fit)."
+_METHOD = Image.Resampling.BICUBIC  # Pillow widens its filter for downscaling, which avoids aliasing
 
 
 @dataclass(frozen=True)
 class Resizer:
-    """Brings a grey or RGB picture to a size that a model of this stride takes, on account of a canvas.
+    """Resizes a greyscale or RGB image for a model with this stride.
 
     Attributes:
-        resize: what happens to a picture of another size:
+        resize: how an image of another size is resized:
 
-            - `None`: only sizes that fit the stride are accepted, and they stay as they are;
-            - "crop": it is scaled to cover the canvas, and the middle is kept;
-            - "pad": it is scaled to fit inside the canvas, in the middle, on white;
-            - "fit": it keeps its shape. Of the grids with at most as many codes as the canvas, it gets the one whose
-              height-to-width ratio is nearest to its own (by the logarithm); it is scaled to cover that, and the
-              overhang is cut off on both sides alike.
-        height, width: pixels of the canvas.
-        stride: pixels of a code.
+            - `None`: it is not resized, and its size must be a multiple of the stride;
+            - "crop": it is scaled to cover the canvas, and its middle is kept;
+            - "pad": it is scaled to fit into the canvas, and centred on white;
+            - "fit": it keeps its aspect ratio. Among the grids with at most as many codes as the canvas, the one with
+              the nearest aspect ratio (by its logarithm) is chosen. The image is scaled to cover that grid, and equal
+              parts are cut off on both sides.
+        height, width: the size of the canvas in pixels.
+        stride: pixels per code, in each direction.
     """
 
     resize: Resize | None
@@ -47,24 +47,24 @@ class Resizer:
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize not in RESIZES:
-            raise ValueError(f"resize must be null, {', '.join(RESIZES)}, not {self.resize!r:.80}")
+            raise ValueError(f"resize must be null, {', '.join(RESIZES)}, got {self.resize!r:.80}")
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """The size that a picture of this height and width gets.
+        """The size of an image of this height and width after resizing.
 
         Raises:
-            ItemError: it has no pixels, is too long and thin to be resized, or does not fit where nothing is resized.
+            ItemError: the image has no pixels or is too long and thin, or `resize` is None and its size does not fit.
         """
         if self.resize is None:
             if problem := misfit(height, width, self.stride, _ADVICE):
-                raise ItemError(f"a picture {problem}")
+                raise ItemError(f"an image {problem}")
             return height, width
         if min(height, width) < 1:
-            raise ItemError("a picture without any pixels cannot be resized")
+            raise ItemError("an image without pixels cannot be resized")
         if max(height, width) > LARGEST_RATIO * min(height, width):
             raise ItemError(
-                f"a picture of height {height} and width {width} pixels is too long and thin to be resized: the longer "
-                f"side may be {LARGEST_RATIO} times the shorter one; cut it into pieces"
+                f"an image of height {height} and width {width} pixels is too long and thin to be resized. The longer "
+                f"side may be at most {LARGEST_RATIO} times the shorter side. Cut it into pieces."
             )
         if self.resize != "fit":
             return self.height, self.width
@@ -73,10 +73,10 @@ class Resizer:
         return rows * self.stride, columns * self.stride
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """The picture at `size_of` its size.
+        """Resize an image to the size from `size_of`.
 
         Raises:
-            ItemError: as `size_of` has it.
+            ItemError: as in `size_of`.
         """
         height, width = self.size_of(picture.height, picture.width)
         if picture.size == (width, height):
@@ -91,20 +91,20 @@ class Resizer:
 
 
 def misfit(height: Any, width: Any, stride: int, advice: str = "") -> str | None:
-    """What is wrong with a size, and the nearest that fit; None where it fits.
+    """The reason why a size does not fit, with the nearest sizes that do; None if it fits.
 
     Args:
-        height, width: pixels, as somebody gave them.
-        stride: pixels of a code.
-        advice: what else can be done about a size that does not fit.
+        height, width: the size in pixels, of any type.
+        stride: pixels per code, in each direction.
+        advice: a sentence to add, which begins with a space.
     """
     if any(type(side) is not int or side < 1 for side in (height, width)):
         return (
             f"must have a height and a width that are whole numbers of at least {stride} pixels, got height "
-            f"{height!r:.80} and width {width!r:.80}"
+            f"{height!r:.80} and width {width!r:.80}."
         )
     if height * width > MOST_PIXELS:
-        return f"of height {height:,} and width {width:,} is too large: it may have at most {MOST_PIXELS:,} pixels"
+        return f"of height {height:,} and width {width:,} is too large; the limit is {MOST_PIXELS:,} pixels."
     if height % stride == 0 and width % stride == 0:
         return None
     tall, wide = (
@@ -112,15 +112,15 @@ def misfit(height: Any, width: Any, stride: int, advice: str = "") -> str | None
         for side in (height, width)
     )
     return (
-        f"of height {height} and width {width} pixels does not fit the stride of {stride}; "
-        f"{advice}the nearest that fit: height {tall}, width {wide}"
+        f"of height {height} and width {width} pixels does not fit the stride of {stride}.{advice} The nearest sizes "
+        f"that fit are height {tall} and width {wide}."
     )
 
 
 @lru_cache(maxsize=16)
 def _grids(most: int) -> list[tuple[int, int]]:
-    """(rows, columns) of at most so many codes, not too long and thin, to which no row and no column can be added."""
-    # A picture that already has such a size keeps it: no two of them have the same ratio.
+    """(rows, columns) of the grids of at most `most` codes, not too long and thin, that have no room for more."""
+    # No two of them have the same aspect ratio, so an image that already has such a size keeps it.
     flat = {(rows, most // rows) for rows in range(1, math.isqrt(most) + 1)}
     grids = flat | {(columns, rows) for rows, columns in flat}
     return sorted(

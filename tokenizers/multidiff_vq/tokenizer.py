@@ -1,9 +1,9 @@
-"""VQTokenizer: pictures to the codes of a `VQModel`'s one codebook and back.
+"""VQTokenizer: tokenizes images with the codebook of a `VQModel`.
 
-A picture of H×W pixels becomes (H/stride)·(W/stride) codes, row by row: the code of row r and column c stands for the
-patch of stride×stride pixels there, as seen with its surroundings.
+An image of H×W pixels becomes (H/stride)·(W/stride) codes, row by row. The code in row r and column c describes the
+patch of stride×stride pixels at that place, in the context of its surroundings.
 
-Shape suffixes: N codes of one picture, B pictures, C channels, H, W pixels, h, w codes down and across, D latent width.
+Shape suffixes: N codes of one image, B images, C channels, H, W pixels, h, w codes down and across, D latent width.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ from multidiff_vq.resize import RESIZES, Resize, Resizer, misfit
 SETTINGS = "vq_tokenizer.json"
 CARD = "README.md"
 _PRESETS = Path(__file__).parent / "weights"
-_PIXELS_AT_ONCE = (64 * 32 * 32, 1024 * 32 * 32)  # on a CPU, whose caches are small, and elsewhere
+_PIXELS_AT_ONCE = (64 * 32 * 32, 1024 * 32 * 32)  # on a CPU, which has small caches, and on other devices
 
 
 class VQTokenizer(ModalityTokenizer):
-    """Pictures of any height and width, grey or RGB as the model is.
+    """Tokenizes images of any height and width, in greyscale or RGB like its model.
 
-    Pictures of another mode are converted: colour to grey by ITU-R 601 luma, grey to RGB by repetition, 16 bits to 8;
-    what is transparent shows white behind it. Pictures of another size are resized first where `resize` says how.
+    Images of another mode are converted: colour to greyscale by ITU-R 601 luma, greyscale to RGB by repetition, 16 bits
+    to 8. Transparent parts become white. `resize` determines how images of another size are resized.
 
     Args:
-        weights: a preset that comes with the package ("digits": grey, 16 codes for 32×32 pixels; "openmoji": RGB, 64
-            codes), or a folder with any `VQModel` of diffusers, or one that `save` wrote.
-        height, width: pixels of `canvas()` without arguments; by default what the folder says: our own settings, else
-            the model's `sample_size`.
-        resize: what happens to a picture that is encoded (`multidiff_vq.resize.Resizer` has the details):
+        weights: a shipped preset ("digits": greyscale, 16 codes for 32×32 pixels; "openmoji": RGB, 64 codes), a folder
+            with any `VQModel` of diffusers, or a folder that `save` wrote.
+        height, width: the size of `canvas()` without arguments, in pixels. The default is in the folder's settings;
+            without settings, it is the model's `sample_size`.
+        resize: how an image is resized before it is encoded; see `multidiff_vq.resize.Resizer`:
 
-            - `None`: its height and width must fit the stride; it gets a code for each stride×stride pixels;
-            - "crop": it is scaled to cover the default canvas, and the middle is kept;
-            - "pad": it is scaled to fit inside the default canvas, in the middle, on white;
-            - "fit": it keeps its shape, at most as many codes as the default canvas has;
-            - "saved", the default: as the folder says, which for a trained tokenizer is as it was trained; `None` where
-              it says nothing.
+            - `None`: it is not resized, and its height and width must be multiples of the stride;
+            - "crop": it is scaled to cover the default canvas, and its middle is kept;
+            - "pad": it is scaled to fit into the default canvas, and centred on white;
+            - "fit": it keeps its aspect ratio, with at most as many codes as the default canvas;
+            - "saved", the default: as the folder's settings say, which for a trained tokenizer is as it was trained.
+              Without settings, this is `None`.
 
     Raises:
-        ValueError: a bad folder, size or resize; names it.
+        ValueError: the folder, the size or `resize` is invalid; the message names it.
     """
 
     modality = "image"
@@ -83,15 +83,15 @@ class VQTokenizer(ModalityTokenizer):
             raise ValueError(f"{weights!r} is neither a folder with a VQModel nor a preset ({', '.join(presets)})")
         self.model = read_model(folder)
         card = folder / CARD
-        self._card = read_bytes(card) if card.exists() else None  # says whose the weights are
+        self._card = read_bytes(card) if card.exists() else None  # states the origin and licence of the weights
         config = self.model.config
         if config["in_channels"] not in MODES or config["out_channels"] != config["in_channels"]:
             raise ValueError(
-                f"{folder}: pictures have 1 channel (grey) or 3 (RGB); this model takes {config['in_channels']} "
-                f"and gives {config['out_channels']}"
+                f"{folder}: the model must have 1 channel (greyscale) or 3 (RGB), but it has {config['in_channels']} "
+                f"input and {config['out_channels']} output channels"
             )
         if len(config["up_block_types"]) != len(config["down_block_types"]):
-            raise ValueError(f"{folder}: the decoder must scale up as often as the encoder scales down")
+            raise ValueError(f"{folder}: the decoder must have as many up blocks as the encoder has down blocks")
         self.mode = MODES[config["in_channels"]]
         self.stride = 2 ** (len(config["block_out_channels"]) - 1)
         self.codebook_sizes = (int(config["num_vq_embeddings"]),)
@@ -101,15 +101,15 @@ class VQTokenizer(ModalityTokenizer):
         self.height = usual["height"] if height is None else height
         self.width = usual["width"] if width is None else width
         if problem := misfit(self.height, self.width, self.stride):
-            raise ValueError(f"{folder}: the default canvas {problem}; pass height and width")
+            raise ValueError(f"{folder}: the default canvas {problem} Set height and width.")
         self.resizer = Resizer(usual["resize"] if resize == "saved" else resize, self.height, self.width, self.stride)
 
     @torch.no_grad()
     def encode(self, items: list[Any]) -> list[Codes]:
-        """Pictures (`PIL.Image`) to codes.
+        """Encode images (`PIL.Image`).
 
         Raises:
-            ItemError: no picture, one whose size does not fit the stride, or one that cannot be resized.
+            ItemError: an item is not an image, its size does not fit the stride, or it cannot be resized.
         """
         pictures = [to_pixels(self.prepared(item)) for item in items]
         all_codes = []
@@ -121,10 +121,10 @@ class VQTokenizer(ModalityTokenizer):
 
     @torch.no_grad()
     def decode(self, codes: list[Codes]) -> list[Image.Image]:
-        """Codes to pictures, `L` or `RGB`.
+        """Decode images of mode `L` or `RGB`.
 
         Raises:
-            ValueError: ids outside the codebook, or not as many as the size asks for.
+            ValueError: ids are outside the codebook, or their number does not match the size.
         """
         grids = []
         for one in codes:
@@ -137,7 +137,7 @@ class VQTokenizer(ModalityTokenizer):
         return [from_pixels(pixels_CHW) for pixels_CHW in self._mapped(self.pixels_of, grids, self.stride**2)]
 
     def canvas(self, height: int | None = None, width: int | None = None) -> Codes:
-        """A blank picture; sizes in pixels, the tokenizer's own by default."""
+        """A blank image of this size in pixels, by default the tokenizer's size."""
         size = {
             "height": self.height if height is None else height,
             "width": self.width if width is None else width,
@@ -149,13 +149,13 @@ class VQTokenizer(ModalityTokenizer):
         return Codes(ids_N, torch.zeros_like(ids_N), coords_N3, size)
 
     def read(self, value: Any, folder: Path) -> Image.Image:
-        """The picture in a file, of any format that Pillow reads without another program, at its own size.
+        """Read an image file at its own size, in any format that Pillow reads without another program.
 
         Raises:
-            ItemError: no picture that `encode` takes; names the file.
+            ItemError: the file is not an image that `encode` accepts; the message names it.
         """
         if not isinstance(value, str):
-            raise ItemError(f"a picture is named by the path of its file, not by {value!r}")
+            raise ItemError(f"an image must be given as the path of its file, got {value!r}")
         path = Path(folder) / value
         picture = read_picture(path)
         with naming_picture(path):
@@ -163,25 +163,25 @@ class VQTokenizer(ModalityTokenizer):
         return picture
 
     def prepared(self, item: Any) -> Image.Image:
-        """The picture that is encoded: grey or RGB, and resized.
+        """The image as it is encoded: converted to the tokenizer's mode, and resized.
 
         Raises:
-            ItemError: as `encode` has it.
+            ItemError: as in `encode`.
         """
         return self.resizer(convert(item, self.mode))
 
     def write(self, item: Any, stem: Path) -> Path:
-        """Write the picture in the tokenizer's mode and its own size, a PNG."""
+        """Write a PNG file in the tokenizer's mode, at the image's own size."""
         path = stem.with_name(stem.name + ".png")
         write_picture(convert(item, self.mode), path)
         return path
 
     def preview(self, item: Any) -> Image.Image:
-        """The picture in the tokenizer's mode and its own size."""
+        """The image in the tokenizer's mode, at its own size."""
         return convert(item, self.mode)
 
     def examples(self) -> list[Image.Image]:
-        """Black, a ring, and a slope that is twice as wide as a usual picture."""
+        """A black image, a ring, and a gradient that is twice as wide as the default canvas."""
         blank = Image.new(self.mode, (self.width, self.height))
         ring = blank.copy()
         box = (self.width // 4, self.height // 4, 3 * self.width // 4, 3 * self.height // 4)
@@ -191,13 +191,13 @@ class VQTokenizer(ModalityTokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the model's configuration, names, shapes and values of its weights, and how it resizes."""
+        """SHA-256 over the configuration, the names, shapes and values of the weights, and the resizing."""
         config = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         if self.resizer.resize is not None:
-            # A code stands for the same patch whatever is resized, but a file gets other codes: shards made with one
-            # resize are not those of another, and a model that has seen whole pictures has not seen their middles.
-            # Without resizing the canvas decides no code.
+            # Resizing does not change the meaning of a code, but it changes the codes of a file. Shards made with one
+            # `resize` do not fit another, and a model that was trained on whole images has not seen their middles.
+            # Without resizing, the canvas has no influence on codes.
             digest.update(json.dumps(asdict(self.resizer), sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {list(tensor.shape)}".encode())
@@ -205,7 +205,7 @@ class VQTokenizer(ModalityTokenizer):
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write a folder that plain diffusers opens too, with our settings and the weights' card beside the model."""
+        """Write a folder that diffusers can open, with the tokenizer's settings and the card of the weights."""
         write_model(self.model, folder)
         write_settings(folder, self.resizer)
         if self._card is not None:
@@ -213,30 +213,30 @@ class VQTokenizer(ModalityTokenizer):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The tokenizer that `save` wrote into `folder`. A folder without our settings goes to the constructor."""
+        """The tokenizer that `save` wrote into `folder`. Pass a folder without settings to the constructor instead."""
         read_settings(Path(folder))
-        return cls(str(Path(folder).resolve()))  # absolute: never taken for a preset
+        return cls(str(Path(folder).resolve()))  # an absolute path cannot be the name of a preset
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model to `device`."""
-        torch.nn.Module.to(self.model, device)  # diffusers' own wrapper has lost its types
+        torch.nn.Module.to(self.model, device)  # diffusers' wrapper has no types
         return self
 
     def ids_of(self, pixels_BCHW: Tensor) -> Tensor:
-        """Codes [B, h, w] of a batch of pixels, uint8, on the model's device."""
+        """Encode a batch of uint8 pixels on the model's device as ids [B, h, w]."""
         latents_BDhw = self.model.encode(to_signal(pixels_BCHW)).latents
         _, _, (_, _, ids) = self.model.quantize(latents_BDhw)
         return ids.reshape(len(pixels_BCHW), *latents_BDhw.shape[2:])
 
     def pixels_of(self, ids_Bhw: Tensor) -> Tensor:
-        """Pixels [B, C, H, W], uint8, of a batch of codes on the model's device."""
-        # Not VQModel.decode: whether it looks codes up depends on a flag in the model's configuration.
+        """Decode a batch of ids on the model's device to uint8 pixels [B, C, H, W]."""
+        # `VQModel.decode` would look up codes only if a flag in the model's configuration is set.
         quantized_BDhw = self.model.quantize.embedding(ids_Bhw).permute(0, 3, 1, 2).contiguous()
         guide = quantized_BDhw if self.model.config["norm_type"] == "spatial" else None
         return from_signal(self.model.decoder(self.model.post_quant_conv(quantized_BDhw), guide))
 
     def _mapped(self, function: Callable[[Tensor], Tensor], inputs: list[Tensor], pixels_each: int) -> list[Tensor]:
-        """`function` of each input in batches; an entry of its last two dimensions stands for `pixels_each`."""
+        """Apply `function` to each input, in batches. `pixels_each` is the number of pixels per entry of an input."""
         device = next(self.model.parameters()).device
         most = _PIXELS_AT_ONCE[device.type != "cpu"] // pixels_each
         return map_batches(function, inputs, lambda shape: most // (shape[-2] * shape[-1]), device)
@@ -244,26 +244,26 @@ class VQTokenizer(ModalityTokenizer):
 
 @lru_cache(maxsize=64)
 def _places(rows: int, columns: int) -> Tensor:
-    """(0, row, column) of each code, row by row."""
+    """The coordinates (0, row, column) of each code, row by row."""
     return torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Our own settings in a saved folder: "height" and "width", pixels of the default canvas, and "resize".
+    """The tokenizer's settings in a saved folder: "height" and "width" of the default canvas in pixels, and "resize".
 
     Raises:
-        ValueError: they are missing, damaged or hold something else; names the file.
+        ValueError: the settings are missing, damaged or invalid; the message names the file.
     """
     path = folder / SETTINGS
     settings = {"resize": None, **read_json(path)}  # version 0.1 wrote no "resize"
     if settings.keys() != {"height", "width", "resize"}:
-        raise ValueError(f"{path} must hold height and width, and may hold resize; found {', '.join(settings):.200}")
+        raise ValueError(f"{path} must contain height, width and optionally resize, got {', '.join(settings):.200}")
     if settings["resize"] not in (None, *RESIZES):
-        raise ValueError(f"{path}: resize must be null, {', '.join(RESIZES)}, not {settings['resize']!r:.80}")
+        raise ValueError(f"{path}: resize must be null, {', '.join(RESIZES)}, got {settings['resize']!r:.80}")
     return settings
 
 
 def write_settings(folder: Path, resizer: Resizer) -> None:
-    """Write what `read_settings` reads."""
+    """Write the settings that `read_settings` reads."""
     settings = {"height": resizer.height, "width": resizer.width, "resize": resizer.resize}
     write_json(folder / SETTINGS, settings)

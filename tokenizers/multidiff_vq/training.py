@@ -1,16 +1,16 @@
-"""Training of a `VQModel` with Lightning: `multidiff fit --config configs/tokenizers/vq_digits.yaml`.
+"""Trains a `VQModel` with Lightning: `multidiff fit --config configs/tokenizers/vq_digits.yaml`.
 
-diffusers' `VQModel` learns its codebook by gradient and lets unused codes die. Here latents become codes by a quantizer
-of `multidiff_vq.quantizers` beside the model, so that the result is an ordinary `VQModel`.
+diffusers' `VQModel` learns its codebook by gradient, and unused codes stay unused. Here a quantizer of
+`multidiff_vq.quantizers` beside the model turns latents into codes. The result is an ordinary `VQModel`.
 
-Loss, all means, pixels in [-1, 1]:
+The loss is, with means over pixels in [-1, 1],
 
     ‖x̂ - x‖² + l1·|x̂ - x| + gradient·G + perceptual·P + commitment·‖z - sg[e]‖² + rate·H + entropy·Q - λ·adversary·D(x̂)
 
-G, P and D: `multidiff_vq.losses`; λ: `multidiff_autoencoder.adversary.adaptive_weight`; Q: lfq's own loss. H
-is the entropy of the codes at each place of the grid, nats per code, of assignments softened by distance (after
-Agustsson et al. 2017, arXiv:1704.00648). Without it an encoder that sees the whole picture stores it anywhere, in empty
-corners too, and what is to learn the codes finds no pattern in them.
+G, P and D are in `multidiff_vq.losses`, λ is `multidiff_autoencoder.adversary.adaptive_weight`, and Q is lfq's loss. H
+is the entropy of the codes at each place of the grid, in nats per code, where distances soften the assignments (as in
+Agustsson et al. 2017, arXiv:1704.00648). Without H, an encoder whose view covers the whole image may store it anywhere,
+even in empty corners, and a model finds no pattern in the codes.
 
 Shape suffixes: B pictures, C channels, H, W pixels, h, w codes down and across, N latents of a batch on all ranks,
 V codes, D latent width.
@@ -39,37 +39,39 @@ from multidiff_vq.quantizers import Quantizer, codebook_arguments, fixed_quantiz
 from multidiff_vq.resize import Resizer
 from multidiff_vq.tokenizer import write_settings
 
-_SHIFTS, _CODES = 0, 1  # what a generator is for
+_SHIFTS, _CODES = 0, 1  # purposes of a generator
 
 
 class VQTraining(AutoencoderTraining):
-    """Trains a `VQModel` and, at the end, writes a folder that `VQTokenizer` and plain diffusers open.
+    """Trains a `VQModel`, and writes a folder for `VQTokenizer` and diffusers at the end.
 
-    Logged under `train/`: loss and its parts; under `train/`, `val/` and `test/`: `codebook_usage`, the share of codes
-    in use, and `codebook_perplexity`, exp of the entropy of their use (V at best); under the latter two PSNR (dB, mean
-    over pictures) and, in TensorBoard, originals of the validation split above their reconstructions.
+    It logs the loss and its parts under `train/`. Under `train/`, `val/` and `test/` it logs `codebook_usage`, the
+    share of codes in use, and `codebook_perplexity`, the exponential of the entropy of their use, which is at most V.
+    Under `val/` and `test/` it logs the PSNR in dB, averaged over images. TensorBoard also gets images of the
+    validation split above their reconstructions.
 
-    The pictures of `PictureData` have the preset's channels and size.
+    The images of `PictureData` have the preset's channels and size.
 
     Args:
-        preset: a size from `multidiff_vq.presets`: digits-32, grey-32, rgb-32, rgb-64, rgb-128, rgb-256, rgb-512.
-        folder: where the trained model goes.
-        settings: what differs from the preset, by name of diffusers' `VQModel`'s arguments.
-        quantizer: vq, fsq or lfq, from `multidiff_vq.quantizers`.
-        levels: of fsq; their product is the number of codes, in place of the preset's.
-        l1_weight: weight of the absolute error beside the squared one; sharpens edges.
-        gradient_weight: weight of the error of differences between neighbouring pixels at three scales.
-        perceptual_weight: weight of the distance between features of VGG-16.
-        backbone: file with VGG-16's weights, for `perceptual_weight`.
-        rate_weight: weight of the entropy of the codes by place; more makes codes easier to model and pictures less
-            exact.
-        entropy_weight: weight of lfq's own loss.
-        shift: each training picture moves by up to so many pixels each way, edges repeated.
-        flip: mirror each training picture with this probability.
-        **common: as `multidiff_autoencoder.training.AutoencoderTraining` has them.
+        preset: Size of the model, from `multidiff_vq.presets`: digits-32, grey-32, rgb-32, rgb-64, rgb-128, rgb-256 or
+            rgb-512.
+        folder: Folder for the trained model.
+        settings: Changes to the preset, by the names of the arguments of diffusers' `VQModel`.
+        quantizer: Quantizer from `multidiff_vq.quantizers`: vq, fsq or lfq.
+        levels: Levels of fsq. Their product is the number of codes, in place of the preset's.
+        l1_weight: Weight of the absolute error, which sharpens edges.
+        gradient_weight: Weight of the error of differences between neighbouring pixels, at three scales.
+        perceptual_weight: Weight of the distance between features of VGG-16.
+        backbone: File with the weights of VGG-16, for `perceptual_weight`.
+        rate_weight: Weight of the entropy of the codes at each place. A larger weight makes codes easier to model, and
+            images less exact.
+        entropy_weight: Weight of lfq's own loss.
+        shift: Maximum shift of each training image in pixels, in each direction. Edges are repeated.
+        flip: Probability of mirroring a training image.
+        **common: Arguments of `multidiff_autoencoder.training.AutoencoderTraining`.
 
     Raises:
-        ValueError: an unknown preset or setting, or settings that contradict each other; names it.
+        ValueError: a preset or setting is unknown, or settings contradict each other; the message names it.
     """
 
     model: VQModel
@@ -97,9 +99,9 @@ class VQTraining(AutoencoderTraining):
     ):
         super().__init__(folder, **common)
         if preset not in PRESETS:
-            raise ValueError(f"no size is called {preset!r}; known: {', '.join(PRESETS)}")
+            raise ValueError(f"there is no size {preset!r}; the sizes are {', '.join(PRESETS)}")
         if (perceptual_weight > 0) != (backbone is not None):
-            raise ValueError(f"perceptual_weight {perceptual_weight} and backbone {backbone!r}: one needs the other")
+            raise ValueError(f"set perceptual_weight and backbone together, got {perceptual_weight} and {backbone!r}")
         arguments = {**PRESETS[preset], **(settings or {})}
         arguments |= codebook_arguments(quantizer, arguments["num_vq_embeddings"], levels)
         try:
@@ -114,7 +116,7 @@ class VQTraining(AutoencoderTraining):
         self.backbone = PerceptualLoss(backbone) if backbone else None
         self.discriminator = PatchDiscriminator(arguments["in_channels"]) if self.adversary else None
         self.shift, self.flip = shift, flip
-        # Moving averages: how many latents of a batch chose each code, and their sum.
+        # Moving averages of the number of latents per batch that choose each code, and of their sum.
         self.register_buffer("count_V", torch.zeros(len(self.model.quantize.embedding.weight)))
         self.register_buffer("sum_VD", torch.zeros_like(self.model.quantize.embedding.weight))
         self.register_buffer("evaluated_count_V", torch.zeros_like(self.count_V), persistent=False)
@@ -131,11 +133,11 @@ class VQTraining(AutoencoderTraining):
 
     @property
     def stride(self) -> int:
-        """Pixels of a code, down and across."""
+        """Pixels per code, in each direction."""
         return 2 ** (len(self.model.config["block_out_channels"]) - 1)
 
     def setup(self, stage: str) -> None:
-        """Tell the data what the model takes."""
+        """Set the data's channels and size to those of the model."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, PictureData):
             config = self.model.config
@@ -143,14 +145,14 @@ class VQTraining(AutoencoderTraining):
 
     def on_fit_start(self) -> None:
         if self.quantizer == "lfq" and self.trainer.world_size > 1:
-            # vector-quantize-pytorch 1.32 leaves out the other devices' share of the mean.
-            raise ValueError("quantizer lfq trains on one device only: set trainer.devices to 1, or take fsq")
+            # vector-quantize-pytorch 1.32 omits the other devices from its mean.
+            raise ValueError("quantizer lfq trains on one device only. Set trainer.devices to 1, or use fsq.")
 
     def training_step(self, pixels_BCHW: Tensor, batch_idx: int) -> Tensor:
         if pixels_BCHW.shape[1] != self.model.config["in_channels"]:
             raise ValueError(
-                f"pictures have {pixels_BCHW.shape[1]} channels, the model {self.model.config['in_channels']}; take "
-                "another preset"
+                f"images have {pixels_BCHW.shape[1]} channels, but the model has {self.model.config['in_channels']}. "
+                "Choose another preset."
             )
         self.picture_size_2.copy_(torch.tensor(pixels_BCHW.shape[2:]))
         generator = generator_for(self.seed, _SHIFTS, self.global_step, self.global_rank)
@@ -194,7 +196,7 @@ class VQTraining(AutoencoderTraining):
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, PictureData):
             resizer = data.resizer
-        else:  # other data brings pictures of its own size
+        else:  # the size of other data is that of its images
             height, width = self.picture_size_2.tolist()
             resizer = Resizer(None, height, width, self.stride)
         write_model(self.model, self.folder, self.half_precision)
@@ -222,7 +224,7 @@ class VQTraining(AutoencoderTraining):
         return self.model.decoder(self.model.post_quant_conv(quantized_BDhw), guide)
 
     def _quantize(self, latents_BDhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents to codes, straight through, and the quantizer's own loss; a learned codebook follows the latents."""
+        """The straight-through codes of latents, and the quantizer's own loss. Also updates a learned codebook."""
         nothing = latents_BDhw.new_zeros(())
         if self.fixed is not None:
             quantized_BDhw, ids_Bhw, own = quantize(self.fixed, latents_BDhw)
@@ -240,7 +242,7 @@ class VQTraining(AutoencoderTraining):
         return quantized_BDhw, nothing
 
     def _likeness(self, restored_BCHW: Tensor, signal_BCHW: Tensor) -> dict[str, Tensor]:
-        """The losses that compare pictures, and their weighted sum as `reconstruction`."""
+        """The losses that compare images, and their weighted sum as `reconstruction`."""
         absolute = F.l1_loss(restored_BCHW, signal_BCHW)
         parts = {"squared": F.mse_loss(restored_BCHW, signal_BCHW), "absolute": absolute}
         reconstruction = parts["squared"] + self.l1_weight * absolute
@@ -253,7 +255,7 @@ class VQTraining(AutoencoderTraining):
         return {**parts, "reconstruction": reconstruction}
 
     def _oppose(self, reconstruction: Tensor, restored_BCHW: Tensor, signal_BCHW: Tensor) -> dict[str, Tensor]:
-        """Losses of autoencoder and discriminator against each other."""
+        """The adversarial loss and its weight, and the discriminator's loss."""
         assert self.discriminator is not None
         with frozen(self.discriminator):
             adversarial = adversarial_loss([self.discriminator(restored_BCHW)])
@@ -267,10 +269,12 @@ class VQTraining(AutoencoderTraining):
 
 
 def _entropy_by_place(latents_BDhw: Tensor, codebook_VD: Tensor) -> Tensor:
-    """Mean over places of the entropy, nats, of the batch's codes there. A latent counts for code v with
-    softmax(-distance² / τ), τ the mean squared distance to the nearest code."""
+    """The mean over places of the entropy of the batch's codes at that place, in nats.
+
+    A latent counts for code v with softmax(-distance² / τ), where τ is the mean squared distance to the nearest code.
+    """
     latents_BND = latents_BDhw.flatten(2).transpose(1, 2).float()
-    # Difference by difference: a matrix product would be rounded under autocast, and differences of large squares too.
+    # A matrix product would be rounded under autocast, and would subtract large squares from each other.
     distance_BNV = (latents_BND[:, :, None] - codebook_VD).square().sum(-1)
     scale = distance_BNV.detach().amin(-1).mean().clamp_min(1e-6)
     share_NV = torch.softmax(-distance_BNV / scale, -1).mean(0)
@@ -278,7 +282,7 @@ def _entropy_by_place(latents_BDhw: Tensor, codebook_VD: Tensor) -> Tensor:
 
 
 def _moved(signal_BCHW: Tensor, most: int, flip: float, generator: torch.Generator) -> Tensor:
-    """Each picture moved by up to `most` pixels each way, its edge repeated, and mirrored with probability `flip`."""
+    """Shift each image by up to `most` pixels in each direction, and mirror it with probability `flip`."""
     height, width = signal_BCHW.shape[2:]
     padded_BCHW = F.pad(signal_BCHW, (most,) * 4, mode="replicate")
     offsets = torch.randint(2 * most + 1, (len(signal_BCHW), 2), generator=generator).tolist()
