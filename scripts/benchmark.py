@@ -65,10 +65,9 @@ def _documents(vocabulary: SharedVocabulary, size: int, known: int, target: int)
 @torch.no_grad()
 def _ours(model: Any, vocabulary: Any, batch: Any, sampler: MaskSampler, steps: int, most: int | None = None) -> float:
     inside_S = torch.zeros_like(batch.document_S)
-    runs = make_runs(
-        batch, inside_S, torch.ones_like(inside_S), vocabulary, {"target": sampler, "given": sampler}, steps
-    )
     generators = [generator_for(0, row) for row in range(batch.num_documents)]
+    samplers = {"target": sampler, "given": sampler}
+    runs = make_runs(batch, inside_S, torch.ones_like(inside_S), vocabulary, samplers, generators, steps)
     decoder = Decoder(model, vocabulary, batch, runs, {}, generators)
     _wait()
     begun = time.perf_counter()

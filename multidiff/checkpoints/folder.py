@@ -16,8 +16,7 @@ from multidiff import __version__, files, plugins
 from multidiff.checkpoints.card import CARD, CARD_HASH, card_hash, edited_card, generate_card
 from multidiff.checkpoints.parts import ModelParts, load_samplers, load_tokenizer
 from multidiff.checkpoints.transformer import load_transformer
-from multidiff.samplers import MaskSampler
-from multidiff.samplers.scheduler import SchedulerSampler
+from multidiff.samplers import MaskSampler, Sampler, SchedulerSampler
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.sequencer import Sequencer
 from multidiff.sequence.vocabulary import SharedVocabulary
@@ -77,7 +76,7 @@ def save(parts: ModelParts, folder: Path, max_shard_size: int | str = "10GB", ca
         files.write_bytes(beside / CARD, card)
 
 
-def _settings(name: str, sampler: MaskSampler) -> dict[str, Any]:
+def _settings(name: str, sampler: Sampler) -> dict[str, Any]:
     if type(sampler) is not MaskSampler:
         kind = type(sampler.scheduler if isinstance(sampler, SchedulerSampler) else sampler).__name__
         raise ValueError(
@@ -134,7 +133,7 @@ def _load_folder(folder: Path) -> ModelParts:
     seen = SeenDocuments.from_dict(files.read_json(facts), str(facts)) if os.path.lexists(facts) else None
     sequencer = Sequencer(tokenizers, vocabulary)
     for name, sampler in samplers.items():
-        own, trained = sampler.config["canvas"] or {}, seen.canvas.get(name, {}) if seen else {}
+        own, trained = sampler.canvas or {}, seen.canvas.get(name, {}) if seen else {}
         try:
             sequencer.blank(name, {**trained, **own})
         except Exception as error:  # a plugin may raise anything for a size from one of these files

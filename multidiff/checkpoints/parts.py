@@ -10,8 +10,7 @@ from typing import Any
 
 from multidiff import files
 from multidiff.models.transformer import MaskedDiffusionTransformer
-from multidiff.samplers import MaskSampler
-from multidiff.samplers.settings import check_ids
+from multidiff.samplers import MaskSampler, Sampler
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import ModalityTokenizer
@@ -32,7 +31,7 @@ class ModelParts:
     transformer: MaskedDiffusionTransformer
     vocabulary: SharedVocabulary
     tokenizers: Mapping[str, ModalityTokenizer]
-    samplers: Mapping[str, MaskSampler]
+    samplers: Mapping[str, Sampler]
     seen: SeenDocuments | None = None
 
 
@@ -80,8 +79,8 @@ def load_samplers(settings: Mapping[str, Any], vocabulary: SharedVocabulary, whe
         samplers[name] = MaskSampler.from_settings(dict(values), f"{where}, {name}")
         try:
             size = max(stop - start for start, stop in vocabulary.spans[name])
-            check_ids(samplers[name].config, size, None, ends=varies)
-            scale = samplers[name].config["guidance_scale"]
+            samplers[name].parts.rules.check_codes(size, None, varies=varies)
+            scale = samplers[name].guidance_scale
             for condition in scale if isinstance(scale, Mapping) else ():
                 vocabulary.layout(condition)
         except ValueError as error:

@@ -162,9 +162,11 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
     pipeline = MultiDiffPipeline.from_pretrained(options.model, device=device)
     for name, settings in overrides.items():
         pipeline.vocabulary.layout(name)
-        changed = {**pipeline.samplers[name].settings, **settings}
+        saved = pipeline.samplers[name]
+        assert isinstance(saved, MaskSampler)  # a saved model holds no other kind
+        changed = {**saved.settings, **settings}
         sampler = MaskSampler.from_settings(changed, f"--sampler.{name}")
-        pipeline.sequencer.blank(name, sampler.config["canvas"] or {})
+        pipeline.sequencer.blank(name, sampler.canvas or {})
         pipeline.samplers[name] = sampler
     documents = _documents(preset, options, pipeline)
     total = len(documents) * options.num_samples
@@ -237,7 +239,7 @@ def _given(pipeline: MultiDiffPipeline, name: str, value: str) -> Given:
     from multidiff.generation.pipeline import Given
 
     item = pipeline.tokenizers[name].read(value, Path())
-    canvas = pipeline.samplers[name].config["canvas"]
+    canvas = pipeline.samplers[name].canvas
     if isinstance(item, str) and canvas:
         ((unit, room),) = canvas.items()
         length = pipeline.tokenizers[name].encode([item])[0].size[unit]

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 from multidiff.models.transformer import KeyValueCache, MaskedDiffusionTransformer
-from multidiff.samplers import MaskSampler, State
-from multidiff.samplers.guidance import guide, scale_at
-from multidiff.samplers.sampler import current_block
-from multidiff.samplers.unmasking import ADAPTIVE
+from multidiff.samplers import Sampler, SamplerState
+from multidiff.samplers.guidance import guide
 from multidiff.sequence.sequencer import TokenBatch
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 
@@ -65,13 +63,13 @@ class SamplerRun:
     """
 
     name: str
-    sampler: MaskSampler
+    sampler: Sampler
     scales: Mapping[str, float]
     documents: list[int]
     place_RN: Tensor
     inside_RN: Tensor
     sample_RN: Tensor
-    state: State
+    state: SamplerState
     fresh_R: Tensor = field(init=False)
     block_R: Tensor = field(init=False)
 
@@ -81,8 +79,7 @@ class SamplerRun:
 
     def done(self, step: int) -> bool:
         """Whether this step would have nothing to do; only adaptive counts end before their last step."""
-        adaptive = self.sampler.config["unmasking"] in ADAPTIVE
-        return step >= self.state.steps or (adaptive and not bool(self.state.undecided_RN.any()))
+        return step >= self.state.steps or (self.sampler.is_adaptive and not bool(self.state.undecided_RN.any()))
 
 
 def make_runs(
@@ -90,7 +87,8 @@ def make_runs(
     inside_S: Tensor,
     unit_S: Tensor,
     vocabulary: SharedVocabulary,
-    samplers: Mapping[str, MaskSampler],
+    samplers: Mapping[str, Sampler],
+    generators: Sequence[torch.Generator],
     steps: int | None = None,
     scale: float | Mapping[str, float] | None = None,
 ) -> list[SamplerRun]:
@@ -101,6 +99,7 @@ def make_runs(
         inside_S: how many codes of each segment a stop cannot end.
         unit_S: how many codes each segment has in a unit; they stop together.
         vocabulary, samplers: of the tokenizers.
+        generators: one per document.
         steps, scale: for all of them; None takes each sampler's own.
 
     Raises:
@@ -140,10 +139,17 @@ def make_runs(
             frame_U = torch.unique(segment_P[flat_U] * len(segment_P) + unit_U, return_inverse=True)[1]
             frame_RN = torch.full_like(place_RN, -1)
             frame_RN[index] = frame_U[order_U]
-        own = None if sampler.config["unmasking"] in ADAPTIVE else steps
-        extent_RN3 = extent_S3[segment_P[place_RN]]
-        state = sampler.start(sample_RN, levels_RN, coords_RN3, own, eos_RN, extent_RN3, frame_RN)
-        strength = sampler.config["guidance_scale"] if scale is None else scale
+        state = sampler.start(
+            sample_RN,
+            levels_RN,
+            coords_RN3,
+            num_inference_steps=None if sampler.is_adaptive else steps,
+            eos_RN=eos_RN,
+            extent_RN3=extent_S3[segment_P[place_RN]],
+            frame_RN=frame_RN,
+            generator=[generators[document] for document in rows.tolist()],
+        )
+        strength = sampler.guidance_scale if scale is None else scale
         scales = strength if isinstance(strength, Mapping) else {"": strength}
         runs.append(SamplerRun(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))
     _check_together(runs, steps)
@@ -151,18 +157,17 @@ def make_runs(
 
 
 def _check_together(runs: Sequence[SamplerRun], steps: int | None) -> None:
-    caches = {run.name: run.sampler.config["cache"] for run in runs}
+    caches = {run.name: run.sampler.cache_mode for run in runs}
     if len(set(caches.values())) > 1:
         said = ", ".join(f"{name}: {cache}" for name, cache in caches.items())
         raise ValueError(f"cache must be the same for all tokenizers that are filled in together ({said})")
     if steps is not None:
-        counts = {run.name: run.sampler.config["unmasking"] for run in runs}
-        scheduled = [run for run in runs if counts[run.name] not in ADAPTIVE]
-        if not scheduled:
-            said = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        fixed = [run for run in runs if not run.sampler.is_adaptive]
+        if not fixed:
+            said = ", ".join(run.name for run in runs)
             raise ValueError(f"num_inference_steps {steps}, but unmasking finds the number itself ({said})")
-        most = max(run.sample_RN.shape[1] for run in scheduled)
-        if steps > most and all(counts[run.name] != "ancestral" for run in scheduled):
+        if steps > max(run.state.steps for run in fixed):
+            most = max(run.sample_RN.shape[1] for run in fixed)
             raise ValueError(f"num_inference_steps {steps} is more than the {most} codes to fill in")
 
 
@@ -223,7 +228,7 @@ class Decoder:
         self._place_P = _places(batch)
         self.steps = max(run.state.steps for run in runs)
         self._guided = {key: set(batch.document_BL[null_BL].tolist()) for key, null_BL in nulls.items()}
-        self._mode = runs[0].sampler.config["cache"]
+        self._mode = runs[0].sampler.cache_mode
         self._cache = KeyValueCache()
         self._last: _Logits | None = None
         self._asked_last: dict[int, set[str]] = {}  # the nulls that each document's logits are for
@@ -266,19 +271,18 @@ class Decoder:
             sizes = {run.name: run.state.mask_token_id for run, _ in active}
             nothing = {name: [torch.empty(0, size, device=self._device)] for name, size in sizes.items()}
             logits = _Logits((), where, nothing)
-        elif logits is None or not logits.holds(keys, where) or any(bool(run.fresh_R.any()) for run in self.runs):
+        elif logits is None or not logits.holds(keys, where) or self._fresh() & asked.keys():
             for run in self.runs:
                 # Under another null nothing that was computed before will do.
-                anew = [asked.get(document, set()) != self._asked_last.get(document) for document in run.documents]
+                anew = [asked.get(document) not in (None, self._asked_last.get(document)) for document in run.documents]
                 anew_R = torch.tensor(anew)
                 run.fresh_R, run.block_R = run.fresh_R | anew_R, run.block_R.masked_fill(anew_R, -1)
-            fresh = {run.documents[row] for run in self.runs for row in torch.nonzero(run.fresh_R).flatten().tolist()}
-            for document in fresh & asked.keys():  # as if alone: the passes of others cost it nothing
+            for document in self._fresh() & asked.keys():  # as if alone: the passes of others cost it nothing
                 self.nfe[document] += 1 + len(asked[document])
             logits = _Logits(keys, where, self._forward(keys, active))
             self._asked_last = {**self._asked_last, **asked}
-            for run in self.runs:
-                run.fresh_R = torch.zeros_like(run.fresh_R)
+            for run in self.runs:  # a document that asks for nothing stays fresh until it does
+                run.fresh_R = run.fresh_R & torch.tensor([document not in asked for document in run.documents])
         self._last = logits
         for run, where_RN in active:
             before_RN = run.sample_RN
@@ -286,11 +290,15 @@ class Decoder:
             if self.history is not None:
                 self._record(step, run, before_RN, self.history)
 
+    def _fresh(self) -> set[int]:
+        """The documents that have changed since their last forward pass."""
+        return {run.documents[row] for run in self.runs for row in torch.nonzero(run.fresh_R).flatten().tolist()}
+
     def _scales(self, run: SamplerRun, step: int) -> dict[str, Tensor]:
         """scale_R of each condition; 1 where the document gives none."""
-        scales, schedule = {}, run.sampler.config["guidance_schedule"]
+        scales = {}
         for key, scale in run.scales.items():
-            scale_R = scale_at(scale, schedule, step, run.state.steps_R)
+            scale_R = run.sampler.guidance_at(scale, step, run.state)
             guided = [document in self._guided.get(key, ()) for document in run.documents]
             scales[key] = torch.where(torch.tensor(guided), scale_R, 1.0)
         return scales
@@ -328,7 +336,7 @@ class Decoder:
             state=run.state,
             generator=[self.generators[document] for document in run.documents],
         )
-        run.fresh_R = (output.prev_sample != run.sample_RN).any(1)
+        run.fresh_R = run.fresh_R | (output.prev_sample != run.sample_RN).any(1)
         run.sample_RN, run.state = output.prev_sample, output.state
         there_RN, masked_RN = run.sample_RN >= 0, run.sample_RN == run.state.mask_token_id
         decided_RN = run.sample_RN.where(there_RN & ~masked_RN, 0)
@@ -348,7 +356,7 @@ class Decoder:
             return self._logits(keys, active, [(torch.nonzero(documents).flatten(), None)])
         begins, active_BL = torch.zeros_like(documents), torch.zeros_like(self.batch.known_BL)
         for run in self.runs:  # those that are done as well: their last block has changed since it was cached
-            block_R = current_block(run.state)
+            block_R = run.state.current_block_R
             row_R = torch.tensor(run.documents)
             passes_R = documents[row_R]
             begins[row_R] |= passes_R & (block_R != run.block_R)

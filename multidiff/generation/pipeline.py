@@ -31,10 +31,10 @@ from multidiff import checkpoints, files
 from multidiff.checkpoints import ModelParts
 from multidiff.generation.decoding import Decision, Decoder, make_runs
 from multidiff.models.transformer import MaskedDiffusionTransformer
-from multidiff.samplers import MaskSampler
-from multidiff.samplers.scheduler import Samplers, Scheduler
-from multidiff.samplers.settings import check_scale, check_steps
+from multidiff.samplers import Sampler, Samplers, Scheduler
+from multidiff.samplers.guidance import check_scale
 from multidiff.samplers.token_sampling import NotFiniteError
+from multidiff.samplers.unmasking import check_steps
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.sequencer import Segment, Sequencer, TokenBatch
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary
@@ -162,7 +162,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         transformer: MaskedDiffusionTransformer,
         vocabulary: SharedVocabulary,
         tokenizers: Mapping[str, ModalityTokenizer],
-        samplers: Mapping[str, MaskSampler | Scheduler] | None = None,
+        samplers: Mapping[str, Sampler | Scheduler] | None = None,
         seen: SeenDocuments | None = None,
     ):
         super().__init__()
@@ -211,7 +211,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         return self._samplers
 
     @samplers.setter
-    def samplers(self, samplers: Mapping[str, MaskSampler | Scheduler]) -> None:
+    def samplers(self, samplers: Mapping[str, Sampler | Scheduler]) -> None:
         self._samplers = Samplers(self.vocabulary, samplers)
 
     @property
@@ -273,7 +273,9 @@ class MultiDiffPipeline(DiffusionPipeline):
         inside = [len(part.codes) if isinstance(part, Masked) else 0 for document in documents for part in document]
         units = [self.sequencer.unit(segment) for document in segments for segment in document]
         counts = torch.tensor(inside), torch.tensor(units)
-        runs = make_runs(batch, *counts, self.vocabulary, self.samplers, num_inference_steps, guidance_scale)
+        runs = make_runs(
+            batch, *counts, self.vocabulary, self.samplers, generators, num_inference_steps, guidance_scale
+        )
         conditions = {key for run in runs for key, scale in run.scales.items() if scale != 1}
         nulls = {key: self._null(key, batch, segments, guidance_scale is not None) for key in sorted(conditions)}
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)
@@ -336,7 +338,7 @@ class MultiDiffPipeline(DiffusionPipeline):
     def _blank_size(self, part: Blank) -> dict[str, int]:
         self.vocabulary.layout(part.tokenizer)
         trained = self.seen.canvas.get(part.tokenizer, {}) if self.seen else {}
-        return {**trained, **(self.samplers[part.tokenizer].config.get("canvas") or {}), **part.size}
+        return {**trained, **(self.samplers[part.tokenizer].canvas or {}), **part.size}
 
     def _remark(self, documents: Sequence[Sequence[Segment]]) -> None:
         """Warn of what lies outside of what the model was trained on."""

@@ -1,6 +1,23 @@
-"""Samplers: which masked positions to decide next, how many, and with which tokens. They know no model."""
+"""Samplers: which masked positions to decide next, how many, and with which tokens. They know no model.
 
-from multidiff.samplers.sampler import MaskSampler, SamplerOutput, State
-from multidiff.samplers.scheduler import as_sampler
+`Sampler` is the protocol that the decoder uses. `MaskSampler` implements it, composed of parts; `as_sampler` takes
+diffusers' schedulers and classes of your own.
+"""
 
-__all__ = ["MaskSampler", "SamplerOutput", "State", "as_sampler"]
+from multidiff.samplers.collection import Samplers, as_sampler
+from multidiff.samplers.protocol import Sampler, SamplerOutput, SamplerState
+from multidiff.samplers.sampler import MaskSampler
+from multidiff.samplers.scheduler import Scheduler, SchedulerSampler
+from multidiff.samplers.state import State
+
+__all__ = [
+    "MaskSampler",
+    "Sampler",
+    "SamplerOutput",
+    "SamplerState",
+    "Samplers",
+    "Scheduler",
+    "SchedulerSampler",
+    "State",
+    "as_sampler",
+]

@@ -1,16 +1,18 @@
-"""Frames: codes that stop together.
+"""Frames: codes that are all EOS or all content.
 
-Where length varies, content ends at the first unit (token, frame) that holds stops. A unit of several codes, of all
-residual levels, is content or stops as a whole. Each code has a stop of its own, which the model predicts one by one:
+Where length varies, content ends at the first unit (token, frame) whose codes are EOS. A unit of several codes, of all
+residual levels, is content or EOS as a whole. The model predicts the EOS of each code by itself, so the sampler keeps
+the codes of a frame together:
 
-- a setting that rules out the stop of one code of a frame, or all else, does so at all of its codes;
-- once a code of a frame is decided, the others follow: beside content no stop can be drawn, and beside a stop only
-  stops. What the model thinks of the rest is renormalised;
-- of codes that are decided in the same step, the one of the lowest level decides as if alone, and the others follow.
+- A setting that rules out EOS at one code of a frame, or all but EOS, does so at all of its codes.
+- Once a code of a frame is decided, the others follow. Beside content no EOS can be drawn, and beside EOS only EOS.
+  The model's distribution over the rest is renormalised.
+- Of codes that are decided in the same step, the one of the lowest level decides as if it stood alone. The others
+  follow it.
 
-So with one code a step, every draw is from the model's own conditional, restricted to what its frame can still be.
-Draws in the same step are exact too where the codes of a frame are independent once it is known whether it stops. What
-counts and orders look at is the free draw. Editing never turns content into a stop, nor a stop into content.
+With one code a step, every draw is therefore from the model's own conditional, restricted to what its frame can still
+be. Draws in the same step are exact too if the codes of a frame are independent once it is known whether it is EOS.
+Orders and unmasking rules look at the unrestricted draw. Editing never turns content into EOS, nor EOS into content.
 
 Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row; V local ids, F frames, U some of M.
 """
@@ -30,9 +32,9 @@ class Frames:
     Attributes:
         size: F, the number of frames.
         number_RN: int64, frame of each position; F where it is in none.
-        key_RN: int64, order of the positions: by level, then by place. Key modulo R·N is the flat place.
-        eos_RN: int64, local id of the stop.
-        content_RN, only_eos_RN: bool, whether settings rule out that the frame stops, or that it does not.
+        key_RN: int64, orders the positions by level, then by place. Key modulo R·N is the flat place.
+        eos_RN: int64, local id of EOS.
+        content_RN, only_eos_RN: bool, where settings rule out that the frame is EOS, or that it is content.
     """
 
     size: int
@@ -44,7 +46,15 @@ class Frames:
 
     @classmethod
     def of(cls, frame_RN: Tensor, levels_RN: Tensor, eos_RN: Tensor, content_RN: Tensor, only_eos_RN: Tensor) -> Frames:
-        """Frames by number, negative where a position is in none, and what settings rule out at single positions."""
+        """The frames of positions that can be EOS.
+
+        Args:
+            frame_RN: number of each position's frame, negative where it is in none.
+            levels_RN: residual levels.
+            eos_RN: local id of EOS at each position; -1 where the content cannot end, which is in no frame then.
+            content_RN, only_eos_RN: bool, where settings rule out EOS, or all but EOS, at single positions.
+        """
+        frame_RN = frame_RN.masked_fill(eos_RN < 0, -1)
         size = int(frame_RN.max()) + 1
         number_RN = frame_RN.where(frame_RN >= 0, size)
         place_RN = torch.arange(frame_RN.numel(), device=frame_RN.device).view_as(frame_RN)
@@ -53,14 +63,14 @@ class Frames:
         return cls(size, number_RN, key_RN, eos_RN, *ruled)
 
     def decided(self, sample_RN: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-        """content_RN, only_eos_RN: positions whose frame can hold no stop, and those where it can hold nothing else."""
+        """content_RN, only_eos_RN, bool: positions whose frame cannot be EOS any more, and those where it must be."""
         decided_RN, eos_RN = (sample_RN >= 0) & (sample_RN != mask_token_id), sample_RN == self.eos_RN
         content_RN = self.content_RN | _beside(decided_RN & ~eos_RN, self.number_RN, self.size)
         only_eos_RN = self.only_eos_RN | _beside(decided_RN & eos_RN, self.number_RN, self.size)
         return content_RN, only_eos_RN & ~content_RN
 
     def restrict(self, logits_MV: Tensor, content_M: Tensor, only_eos_M: Tensor, eos_M: Tensor) -> Tensor:
-        """Logits with -inf at stops, or at all else. They may be on another device than all else: nothing waits."""
+        """Logits with -inf at EOS, or at all but EOS. They may be on another device than the rest: nothing waits."""
         for where_M, stays in ((only_eos_M, True), (content_M, False)):
             row_U = torch.nonzero(where_M).flatten()
             if len(row_U):
@@ -71,12 +81,12 @@ class Frames:
         return logits_MV
 
     def later(self, where_RN: Tensor) -> Tensor:
-        """Positions of `where_RN` whose frame has another there of a lower level, or of the same further ahead."""
+        """Positions of `where_RN` whose frame has another one there, of a lower level or before it."""
         return where_RN & (self.number_RN < self.size) & (self._first(where_RN) != self.key_RN)
 
     def follow(self, where_RN: Tensor, sample_RN: Tensor) -> tuple[Tensor, Tensor]:
-        """content_RN, only_eos_RN: of the positions `later`, those whose frame's first in `where_RN` is content in
-        `sample_RN`, and those where it is a stop."""
+        """content_RN, only_eos_RN, bool: of the positions `later`, those whose frame's first position in `where_RN` is
+        content in `sample_RN`, and those where it is EOS."""
         later_RN, first_RN = self.later(where_RN), self._first(where_RN) % self.key_RN.numel()
         eos_RN = sample_RN.take(first_RN) == self.eos_RN.take(first_RN)
         return later_RN & ~eos_RN, later_RN & eos_RN

@@ -1,12 +1,12 @@
-"""diffusers' own schedulers for masked tokens, behind the interface of `MaskSampler`.
+"""diffusers' own schedulers for masked tokens, as samplers.
 
-Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row; V local ids.
+Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row, U some of them; V local ids; 1 one row.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -15,71 +15,112 @@ from diffusers import AmusedScheduler, BlockRefinementScheduler
 from torch import Tensor
 
 from multidiff.samplers.frames import Frames
-from multidiff.samplers.sampler import STEPS, MaskSampler, SamplerOutput, State, _uniform
-from multidiff.samplers.token_sampling import Candidates, check_finite
-from multidiff.sequence.vocabulary import SharedVocabulary
+from multidiff.samplers.guidance import Guidance
+from multidiff.samplers.protocol import SamplerOutput
+from multidiff.samplers.state import State, draw_uniform
+from multidiff.samplers.token_sampling import Candidates, TokenSampling, check_finite
+from multidiff.samplers.unmasking import STEPS
 
 Scheduler = AmusedScheduler | BlockRefinementScheduler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SchedulerState(State):
     """`State`, with what diffusers keeps in the scheduler itself.
 
     Attributes:
-        schedulers: a copy for each row; the mask token is V.
+        eos_RN: int64, local id of EOS at each position; -1 where the content cannot end.
+        frames: which positions are EOS or content together; None where each stands alone.
+        schedulers: a copy for each row; its mask token is V.
         round_R: how many steps each row has spent in its block.
     """
 
+    eos_RN: Tensor
+    frames: Frames | None
     schedulers: tuple[Scheduler, ...]
     round_R: tuple[int, ...]
 
 
-class SchedulerSampler(MaskSampler):
+class SchedulerSampler:
     """Hands rows to an `AmusedScheduler` (MaskGIT) or a `BlockRefinementScheduler` (LLaDA 2), one at a time.
 
-    Of `MaskSampler`'s settings only those that the pipeline reads have a meaning: steps, guidance and canvas. Codes of
-    a frame stop together here too: a decision that contradicts another of the same step is drawn again.
+    The codes of a frame are all EOS or all content here too: a decision that contradicts another one of the same step
+    is drawn again.
+
+    Args:
+        scheduler: its settings are used. It is copied for every run and keeps no state of one.
     """
 
+    is_adaptive = False
+    cache_mode = "none"
+    canvas: Mapping[str, int] | None = None
+
     def __init__(self, scheduler: Scheduler):
-        super().__init__()
         self.scheduler = scheduler
+        self._guidance = Guidance()
+
+    def __repr__(self) -> str:
+        return f"SchedulerSampler({self.scheduler!r})"
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        return self.scheduler.config.get("num_inference_steps")
+
+    @property
+    def guidance_scale(self) -> float | Mapping[str, float]:
+        return self._guidance.guidance_scale
+
+    def guidance_at(self, scale: float, step: int, state: State) -> Tensor:
+        return self._guidance.scale_at(scale, step, state.steps_R)
 
     def start(
         self,
         sample_RN: Tensor,
         levels_RN: Tensor,
         coords_RN3: Tensor,
+        *,
         num_inference_steps: int | None = None,
         eos_RN: Tensor | None = None,
         extent_RN3: Tensor | None = None,
         frame_RN: Tensor | None = None,
+        generator: Sequence[torch.Generator],
     ) -> SchedulerState:
-        state = super().start(sample_RN, levels_RN, coords_RN3, num_inference_steps, eos_RN, extent_RN3, frame_RN)
-        schedulers, block_RN, steps = [], state.block_RN, num_inference_steps or STEPS
-        if isinstance(self.scheduler, BlockRefinementScheduler):
-            each = num_inference_steps or self.scheduler.config["num_inference_steps"]
-            column_N, block_RN = torch.arange(sample_RN.shape[1], device=sample_RN.device), state.block_RN.clone()
-            for row, number in enumerate((sample_RN >= 0).sum(1).tolist()):
-                size = min(self.scheduler.config["block_length"], number)
-                schedulers.append(copy.deepcopy(self.scheduler))
-                schedulers[-1].set_timesteps(each, block_length=size)
-                block_RN[row, :number] = column_N[:number] // size
-            steps = each * (int(block_RN.max()) + 1)
-        else:
-            for _ in sample_RN:
-                schedulers.append(AmusedScheduler(state.mask_token_id, self.scheduler.config["masking_schedule"]))
-                schedulers[-1].set_timesteps(steps)
-        changed = replace(state, steps=steps, block_RN=block_RN)
-        return SchedulerState(**vars(changed), schedulers=tuple(schedulers), round_R=(0,) * len(sample_RN))
+        """The state before the first step; see `Sampler.start`.
 
-    def needs(self, state: State) -> Tensor:
-        assert isinstance(state, SchedulerState)
-        where_RN = super().needs(state)
+        An `AmusedScheduler` takes K steps for a row, or as many as the row has positions if these are fewer. A
+        `BlockRefinementScheduler` takes K for each block.
+        """
+        mask_token_id, steps = int(sample_RN.max()), num_inference_steps or self.num_inference_steps or STEPS
+        schedulers, steps_R, block_RN = [], [], torch.zeros_like(sample_RN)
+        for row, number in enumerate((sample_RN >= 0).sum(1).tolist()):
+            if isinstance(self.scheduler, BlockRefinementScheduler):
+                size = min(self.scheduler.config["block_length"], number)
+                scheduler = copy.deepcopy(self.scheduler)
+                scheduler.set_timesteps(steps, block_length=size)
+                block_RN[row] = torch.arange(sample_RN.shape[1], device=sample_RN.device) // size
+                steps_R.append(steps * -(-number // size))
+            else:
+                scheduler = AmusedScheduler(mask_token_id, self.scheduler.config["masking_schedule"])
+                steps_R.append(min(steps, number))
+                scheduler.set_timesteps(steps_R[-1])
+            schedulers.append(scheduler)
+        eos_RN = torch.full_like(sample_RN, -1) if eos_RN is None else eos_RN
+        nothing_RN = torch.zeros_like(sample_RN, dtype=torch.bool)
+        return SchedulerState.blank(
+            sample_RN,
+            levels_RN,
+            torch.tensor(steps_R),
+            block_RN,
+            eos_RN=eos_RN,
+            frames=None if frame_RN is None else Frames.of(frame_RN, levels_RN, eos_RN, nothing_RN, nothing_RN),
+            schedulers=tuple(schedulers),
+            round_R=(0,) * len(sample_RN),
+        )
+
+    def needs(self, state: SchedulerState) -> Tensor:
+        where_RN = state.candidates_RN
         if (self.scheduler.config.get("editing_threshold") or 0) > 0:
-            current_R1 = state.block_RN.where(where_RN, -2).amax(1, keepdim=True)
-            where_RN = where_RN | (state.block_RN == current_R1)
+            where_RN = where_RN | (state.block_RN == state.current_block_R[:, None])
         return where_RN
 
     def step(
@@ -89,10 +130,9 @@ class SchedulerSampler(MaskSampler):
         sample_RN: Tensor,
         *,
         where: Tensor,
-        state: State,
+        state: SchedulerState,
         generator: Sequence[torch.Generator],
     ) -> SamplerOutput:
-        assert isinstance(state, SchedulerState)
         sample_RN, probs_RN, frames = sample_RN.clone(), state.probs_RN.clone(), state.frames
         model_output = model_output.to(sample_RN.device)
         if frames is not None:
@@ -100,46 +140,56 @@ class SchedulerSampler(MaskSampler):
             model_output = frames.restrict(model_output, content_RN[where], only_eos_RN[where], state.eos_RN[where])
         p_MV = torch.softmax(model_output.double(), -1)
         check_finite(p_MV[:, 0])
-        rounds, first = list(state.round_R), 0
+        rounds, first, blocks = list(state.round_R), 0, state.current_block_R.tolist()
         for row, count in enumerate(where.sum(1).tolist()):
             if not count:
                 continue
-            logits_MV, chosen_MV = model_output[first : first + count], p_MV[first : first + count]
+            logits_MV, probs_MV = model_output[first : first + count], p_MV[first : first + count]
             first += count
-            block = state.block_RN[row][state.undecided_RN[row]].min()
-            column_N = torch.nonzero(state.block_RN[row] == block).flatten()
+            column_N = torch.nonzero(state.block_RN[row] == blocks[row]).flatten()
             asked_N = where[row, column_N]
-            # Decided positions have no logits: schedulers draw there too, and discard it.
+            # Decided positions have no logits. Schedulers draw there too, and discard it.
             logits_NV = logits_MV.new_zeros(len(column_N), logits_MV.shape[1])
             logits_NV[asked_N] = logits_MV
             before_N = sample_RN[row, column_N]
-            before_1N = cast("torch.LongTensor", before_N[None])
-            scheduler = state.schedulers[row]
-            if isinstance(scheduler, BlockRefinementScheduler):
-                after_1N = scheduler.step(
-                    logits_NV[None],
-                    rounds[row],
-                    before_1N,
-                    mask_token_id=state.mask_token_id,
-                    generator=generator[row],
-                    return_dict=False,
-                )[0]
-                undecided = bool((after_1N == state.mask_token_id).any())
-                rounds[row] = rounds[row] + 1 if undecided else 0
-            else:
-                after_1N = scheduler.step(
-                    logits_NV[None], timestep, before_1N, generator=generator[row], return_dict=False
-                )[0]
-            sample_RN[row, column_N] = after_1N[0]
-            changed_N = (after_1N[0] != before_N) & asked_N
-            p_NV = chosen_MV.new_zeros(logits_NV.shape).index_put((asked_N.nonzero()[:, 0],), chosen_MV)
-            probs_RN[row, column_N[changed_N]] = p_NV[changed_N].gather(1, after_1N[0][changed_N][:, None])[:, 0]
+            after_N = self._step_row(logits_NV, before_N, row, rounds[row], state, generator[row])
+            undecided = bool((after_N == state.mask_token_id).any())
+            rounds[row] = rounds[row] + 1 if undecided else 0
+            sample_RN[row, column_N] = after_N
+            changed_N = (after_N != before_N) & asked_N
+            probs_NV = probs_MV.new_zeros(logits_NV.shape).index_put((asked_N.nonzero()[:, 0],), probs_MV)
+            probs_RN[row, column_N[changed_N]] = probs_NV[changed_N].gather(1, after_N[changed_N][:, None])[:, 0]
         if frames is not None:
             sample_RN, probs_RN = self._follow(frames, sample_RN, probs_RN, model_output, where, state, generator)
         undecided_RN = sample_RN == state.mask_token_id
         return SamplerOutput(
             sample_RN, replace(state, undecided_RN=undecided_RN, probs_RN=probs_RN, round_R=tuple(rounds))
         )
+
+    def _step_row(
+        self,
+        logits_NV: Tensor,
+        before_N: Tensor,
+        row: int,
+        round_: int,
+        state: SchedulerState,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The ids of a row's block after the scheduler's step."""
+        scheduler, before_1N = state.schedulers[row], cast("torch.LongTensor", before_N[None])
+        if isinstance(scheduler, BlockRefinementScheduler):
+            output = scheduler.step(
+                logits_NV[None],
+                round_,
+                before_1N,
+                mask_token_id=state.mask_token_id,
+                generator=generator,
+                return_dict=False,
+            )
+        else:
+            timestep = int(state.steps_R[row]) - 1 - round_
+            output = scheduler.step(logits_NV[None], timestep, before_1N, generator=generator, return_dict=False)
+        return output[0][0]
 
     def _follow(
         self,
@@ -148,73 +198,22 @@ class SchedulerSampler(MaskSampler):
         probs_RN: Tensor,
         logits_MV: Tensor,
         where: Tensor,
-        state: State,
+        state: SchedulerState,
         generator: Sequence[torch.Generator],
     ) -> tuple[Tensor, Tensor]:
-        """Codes decided together follow the first of their frame, drawn again as the scheduler draws."""
+        """Ids and probabilities in which codes decided together follow the first of their frame, drawn again as the
+        scheduler draws."""
         decide_RN = state.undecided_RN & (sample_RN != state.mask_token_id)
         content_RN, only_eos_RN = frames.follow(decide_RN, sample_RN)
         sample_RN, probs_RN = sample_RN.where(~only_eos_RN, state.eos_RN), probs_RN.masked_fill(only_eos_RN, 1.0)
         row_U = torch.nonzero(content_RN[where]).flatten()
         if len(row_U):
-            candidates = Candidates(sample_RN[content_RN], torch.log_softmax(logits_MV[row_U].double(), -1))
-            temperature = 0.0 if isinstance(self.scheduler, BlockRefinementScheduler) else 1.0
-            uniform_U = _uniform(content_RN.sum(1).tolist(), 1, generator)[:, 0].to(sample_RN.device)
-            candidates.follow(
-                torch.arange(len(row_U), device=row_U.device),
-                state.eos_RN[content_RN],
-                logits_MV[row_U],
-                uniform_U,
-                temperature=temperature,
-            )
-            sample_RN[content_RN], probs_RN[content_RN] = candidates.content_M, candidates.content_log_p_M.exp()
+            sampling = TokenSampling(0.0 if isinstance(self.scheduler, BlockRefinementScheduler) else 1.0)
+            logits_UV = logits_MV[row_U]
+            candidates = Candidates(sample_RN[content_RN], torch.log_softmax(logits_UV.double(), -1))
+            uniform_U = draw_uniform(content_RN.sum(1).tolist(), 1, generator)[:, 0].to(sample_RN.device)
+            place_U = torch.arange(len(row_U), device=row_U.device)
+            sampling.sample_content(candidates, place_U, state.eos_RN[content_RN], logits_UV, uniform_U)
+            sample_RN[content_RN] = candidates.content_M
+            probs_RN[content_RN] = candidates.content_log_probs_M.exp()
         return sample_RN, probs_RN
-
-
-class Samplers(Mapping[str, MaskSampler]):
-    """The sampler of each tokenizer of a vocabulary; `samplers["image"] = AmusedScheduler(…)` sets one.
-
-    Args:
-        vocabulary: its tokenizers.
-        given: as `as_sampler` takes them; a tokenizer that is not named gets `MaskSampler()`.
-
-    Raises:
-        ValueError: an unknown tokenizer, or something that is no sampler; also when one is set.
-    """
-
-    def __init__(self, vocabulary: SharedVocabulary, given: Mapping[str, MaskSampler | Scheduler]):
-        self._vocabulary = vocabulary
-        self._samplers = {name: MaskSampler() for name in vocabulary.tokenizers}
-        for name, sampler in given.items():
-            self[name] = sampler
-
-    def __setitem__(self, name: str, sampler: MaskSampler | Scheduler) -> None:
-        self._vocabulary.layout(name)
-        self._samplers[name] = as_sampler(sampler)
-
-    def __getitem__(self, name: str) -> MaskSampler:
-        return self._samplers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._samplers)
-
-    def __len__(self) -> int:
-        return len(self._samplers)
-
-    def __repr__(self) -> str:
-        return repr(self._samplers)
-
-
-def as_sampler(sampler: MaskSampler | Scheduler) -> MaskSampler:
-    """Whatever may be handed to the pipeline, as a `MaskSampler`.
-
-    Raises:
-        ValueError: something else.
-    """
-    if isinstance(sampler, MaskSampler):
-        return sampler
-    if isinstance(sampler, Scheduler):
-        return SchedulerSampler(sampler)
-    raise ValueError(
-        "expected a MaskSampler, an AmusedScheduler or a BlockRefinementScheduler, got " + type(sampler).__name__
-    )

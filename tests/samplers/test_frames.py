@@ -1,4 +1,4 @@
-"""Frames: codes that stop together, whatever decides them."""
+"""Frames: codes that are all EOS or all content, whatever decides them."""
 
 import itertools
 
@@ -9,6 +9,7 @@ from scipy.stats import chisquare
 
 from multidiff import Blank, Given, Masked, MaskSampler
 from multidiff.samplers import as_sampler
+from tests.helpers import sampling
 from tests.helpers.pipelines import make
 from tests.helpers.toys import Frames, Grid, generator
 
@@ -45,14 +46,14 @@ SAMPLERS = [
 
 
 def frames_of(segment):
-    """The stops that are decided in each frame, and its codes that are."""
+    """How many codes of each frame are EOS, and how many are decided."""
     eos_N = segment.known_N & (segment.ids_N == torch.tensor(SIZES)[segment.levels_N])
     return eos_N.view(-1, len(SIZES)).sum(1), segment.known_N.view(-1, len(SIZES)).sum(1)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: str(sampler)[:90].split("{\n")[0])
-def test_no_frame_stops_in_part(sampler):
-    """At any step, with a model that knows nothing; each of its levels would stop or not by itself."""
+def test_no_frame_is_eos_in_part(sampler):
+    """At any step, with a model that knows nothing; each of its levels would be EOS or not by itself."""
     sampler = MaskSampler(**sampler) if isinstance(sampler, dict) else sampler
     pipe = make({"speech": Frames(SIZES), "picture": Grid(5, 2, 3)}, {"speech": sampler})
     codes = pipe.tokenizers["speech"].encode([[0, 0, 0, 1, 1, 1, 0, 2, 1, 1, 2, 0]])[0]
@@ -67,9 +68,9 @@ def test_no_frame_stops_in_part(sampler):
     def look(pipe, step, timestep, state):
         for segment in itertools.chain(*state["documents"]):
             if segment.tokenizer == "speech":
-                stops_F, known_F = frames_of(segment)
-                assert bool(((stops_F == 0) | (stops_F == known_F)).all())
-                seen.append((stops_F == len(SIZES)).tolist())
+                eos_F, known_F = frames_of(segment)
+                assert bool(((eos_F == 0) | (eos_F == known_F)).all())
+                seen.append((eos_F == len(SIZES)).tolist())
 
     output = pipe(documents, generator=[generator(i) for i in range(3)], callback_on_step_end=look)
     last = list(itertools.chain(*seen[-5:]))
@@ -83,7 +84,7 @@ def test_no_frame_stops_in_part(sampler):
 
 
 def test_documents_beside_it_change_nothing():
-    """Not even where a document has nothing that could stop."""
+    """Not even where a document has nothing that could be EOS."""
     pipe = make({"speech": Frames(SIZES)}, {"speech": MaskSampler(order="random", num_inference_steps=2)})
     codes = pipe.tokenizers["speech"].encode([[0, 0, 0, 1, 1, 1]])[0]
     documents = [[Masked("speech", codes, torch.arange(6) % 3 == 0)], [Blank("speech", frames=9)]]
@@ -93,25 +94,27 @@ def test_documents_beside_it_change_nothing():
         assert alone[0].item == together.documents[index][0].item
 
 
-def drive(sampler, p_NV, steps, number, seed=0, frames=1):
-    """`number` rows of `frames` frames whose codes have these probabilities whatever else stands there; id 2 stops.
+def drive(sampler, p_NV, steps, number, seed=0, frames=1, seen=None):
+    """`number` rows of `frames` frames whose codes have these probabilities whatever else stands there; id 2 is EOS.
 
     Returns the tokens and their probabilities.
     """
     levels = len(p_NV) // frames
     sample_RN = torch.full((number, len(p_NV)), p_NV.shape[1])
-    levels_RN = (torch.arange(len(p_NV)) % levels).expand_as(sample_RN)
-    unit_N = torch.arange(len(p_NV)) // levels
-    coords_RN3 = torch.stack([unit_N, levels_RN[0], torch.zeros_like(unit_N)], -1).expand(number, -1, 3)
-    frame_RN = torch.arange(number)[:, None] * frames + unit_N
-    eos_RN = torch.full_like(sample_RN, 2)
-    state = sampler.start(sample_RN, levels_RN, coords_RN3, steps, eos_RN, None, frame_RN)
-    generators = [generator(seed)] * number
-    for timestep in range(state.steps - 1, -1, -1):
-        where_RN = sampler.needs(state)
-        logits_MV = p_NV.log().expand(number, -1, -1)[where_RN]
-        output = sampler.step(logits_MV, timestep, sample_RN, where=where_RN, state=state, generator=generators)
-        sample_RN, state = output.prev_sample, output.state
+    level_N, unit_N = torch.arange(len(p_NV)) % levels, torch.arange(len(p_NV)) // levels
+    logits_NV = p_NV.log()
+    sample_RN, state = sampling.drive(
+        sampler,
+        sample_RN,
+        steps,
+        lambda row_N: logits_NV,
+        [generator(seed)] * number,
+        levels_RN=level_N.expand_as(sample_RN),
+        coords_RN3=torch.stack([unit_N, level_N, torch.zeros_like(unit_N)], -1).expand(number, -1, 3),
+        eos_RN=torch.full_like(sample_RN, 2),
+        frame_RN=torch.arange(number)[:, None] * frames + unit_N,
+        seen=seen,
+    )
     return sample_RN, state.probs_RN
 
 
@@ -130,7 +133,7 @@ def same(drawn_RN, expected):
     return chisquare(observed, wanted, sum_check=False).pvalue
 
 
-# Of a joint distribution without contradictions: stops with 0.3, else the levels are independent of each other.
+# Of a joint distribution without contradictions: EOS with 0.3, else the levels are independent of each other.
 CONTENT = torch.tensor([[0.8, 0.2], [0.35, 0.65], [0.5, 0.5]], dtype=torch.float64)
 CONSISTENT = torch.cat([0.7 * CONTENT, torch.full((3, 1), 0.3, dtype=torch.float64)], 1)
 JOINT = {
@@ -167,8 +170,8 @@ def test_frames_are_drawn_from_the_joint_distribution(sampler, steps):
 
 @pytest.mark.parametrize("draw", ["inverse", "gumbel"])
 @pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.9}, {"typical_p": 0.99}, {}])
-def test_what_follows_is_truncated_without_the_stop(draw, options):
-    """With the stop in the set, the first of these would keep token 0 and the stop alone."""
+def test_what_follows_is_truncated_without_eos(draw, options):
+    """With EOS in the set, the first of these would keep token 0 and EOS alone."""
     p_NV = torch.tensor([[0.5, 0.5, 0.0], [0.3, 0.2, 0.5]], dtype=torch.float64).clamp_min(1e-300)
     for more, steps in (({"block_length": "level"}, 2), ({}, 1)):
         sampler = MaskSampler(order="random", unmasking="linear", draw=draw, **options, **more)
@@ -179,11 +182,11 @@ def test_what_follows_is_truncated_without_the_stop(draw, options):
 
 def test_the_joint_distribution_is_told_from_others():
     drawn_RN, _ = drive(MaskSampler(order="random", unmasking="linear"), CONSISTENT, 1, 4000)
-    other = {tokens: 0.65 / 0.7 * p if 2 not in tokens else 0.35 for tokens, p in JOINT.items()}
+    other = {tokens: 0.6 / 0.7 * p if 2 not in tokens else 0.4 for tokens, p in JOINT.items()}
     assert same(drawn_RN, other) < 1e-6
 
 
-# A model that contradicts itself: each level thinks otherwise of the stop.
+# A model that contradicts itself: each level has another probability of EOS.
 TORN = torch.tensor([[0.5, 0.4, 0.1], [0.1, 0.3, 0.6], [0.3, 0.3, 0.4]], dtype=torch.float64)
 
 
@@ -222,7 +225,7 @@ def test_frames_of_one_row_do_not_touch_each_other():
 
 
 @pytest.mark.parametrize(
-    ("options", "stops"),
+    ("options", "eos"),
     [
         ({"forced_tokens": {1: 0}}, False),
         ({"forced_tokens": {2: 2}}, True),
@@ -234,9 +237,9 @@ def test_frames_of_one_row_do_not_touch_each_other():
     ],
 )
 @pytest.mark.parametrize("steps", [1, 3])
-def test_what_is_ruled_out_of_one_code_is_ruled_out_of_its_frame(options, stops, steps):
+def test_what_is_ruled_out_of_one_code_is_ruled_out_of_its_frame(options, eos, steps):
     drawn_RN, _ = drive(MaskSampler(order="random", unmasking="linear", **options), TORN, steps, 200)
-    assert bool(((drawn_RN == 2) == stops).all())
+    assert bool(((drawn_RN == 2) == eos).all())
     for place, token in options.get("forced_tokens", {}).items():
         assert bool((drawn_RN[:, place] == token).all())
 
@@ -244,13 +247,14 @@ def test_what_is_ruled_out_of_one_code_is_ruled_out_of_its_frame(options, stops,
 @pytest.mark.parametrize("options", [{"forced_tokens": {0: 1, 1: 2}}, {"forced_tokens": {2: 2}, "min_length": 1}])
 def test_a_frame_that_can_be_nothing_is_refused(options):
     with pytest.raises(
-        ValueError, match="nothing is left to draw in a frame, whose codes stop together: change forced"
+        ValueError,
+        match="nothing is left to draw in a frame, whose codes must all be EOS or all content: change forced",
     ):
         drive(MaskSampler(order="random", unmasking="linear", **options), TORN, 3, 2)
 
 
-def test_editing_turns_no_content_into_a_stop():
-    """Once anything is decided, the model is sure that all stop."""
+def test_editing_turns_no_content_into_eos():
+    """Once anything is decided, the model is sure that all is EOS."""
     sampler = MaskSampler(order="random", unmasking="linear", remask="edit", editing_threshold=0.5)
     drawn_RN, _ = drive(sampler, TORN, 3, 500)
     assert bool(((drawn_RN == 2).sum(1) % 3 == 0).all())

@@ -1,0 +1,128 @@
+"""`MaskState`: what a `MaskSampler` remembers, how a run starts, and what is known of its next step.
+
+Shape suffixes: R rows, N columns, K steps, U positions that are no padding, row by row; 3 axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from multidiff.samplers.frames import Frames
+from multidiff.samplers.parts import Parts
+from multidiff.samplers.state import State, draw_uniform
+from multidiff.samplers.unmasking import STEPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskState(State):
+    """`State`, with what a `MaskSampler` remembers.
+
+    Attributes:
+        coords_RN3: int64, coordinates.
+        eos_RN: int64, local id of EOS at each position; -1 where the content cannot end.
+        frames: which positions are EOS or content together; None where each stands alone.
+        score_RN: float64, the part of the order's score that is known at the start.
+        plan_RK: int64, how many positions a schedule decides at each step; no columns under other rules.
+        next_RN: bool, the positions that the next step decides; None where that depends on their logits.
+        remask_RN: bool, the decided positions that the next step masks again.
+    """
+
+    coords_RN3: Tensor
+    eos_RN: Tensor
+    frames: Frames | None
+    score_RN: Tensor
+    plan_RK: Tensor
+    next_RN: Tensor | None
+    remask_RN: Tensor
+
+    @classmethod
+    def first(
+        cls,
+        parts: Parts,
+        sample_RN: Tensor,
+        levels_RN: Tensor,
+        coords_RN3: Tensor,
+        num_inference_steps: int | None,
+        eos_RN: Tensor | None,
+        extent_RN3: Tensor | None,
+        frame_RN: Tensor | None,
+        generator: Sequence[torch.Generator],
+    ) -> MaskState:
+        """The state before the first step; see `Sampler.start`."""
+        undecided_RN = sample_RN >= 0
+        numbers = undecided_RN.sum(1).tolist()
+        parts.rules.check_codes(int(sample_RN.max()), max(numbers), varies=eos_RN is not None)
+        if extent_RN3 is None:
+            extent_RN3 = (coords_RN3.amax(1, keepdim=True) + 1).expand_as(coords_RN3)
+        eos_RN = torch.full_like(sample_RN, -1) if eos_RN is None else eos_RN
+        frames = None
+        if frame_RN is not None:
+            frames = Frames.of(frame_RN, levels_RN, eos_RN, *parts.rules.frame_rules(sample_RN, coords_RN3, eos_RN))
+            if bool((frames.content_RN & frames.only_eos_RN).any()):
+                raise parts.rules.nothing_left("in a frame, whose codes must all be EOS or all content")
+        block_RN = parts.blocks.numbers(undecided_RN, levels_RN)
+        plans: list[list[int]] = [[] for _ in numbers]
+        if parts.unmasking.is_adaptive:
+            if num_inference_steps is not None:
+                raise ValueError(
+                    f"num_inference_steps {num_inference_steps}, but unmasking {parts.unmasking.unmasking!r} finds the "
+                    "number of steps itself"
+                )
+            steps = numbers
+        else:
+            steps = [num_inference_steps or parts.unmasking.num_inference_steps or STEPS] * len(numbers)
+        if parts.unmasking.is_scheduled:
+            sizes = [[size for size in block_N[block_N >= 0].bincount().tolist() if size] for block_N in block_RN.cpu()]
+            steps = [min(steps[0], number) for number in numbers]
+            for row_sizes, row_steps in zip(sizes, steps, strict=True):
+                if row_steps < len(row_sizes):
+                    raise ValueError(
+                        f"num_inference_steps {row_steps} is less than the {len(row_sizes)} blocks of "
+                        f"block_length {parts.blocks.block_length!r}"
+                    )
+            plans = [parts.unmasking.plan(*row) for row in zip(sizes, steps, strict=True)]
+        longest = max(map(len, plans))
+        state = cls.blank(
+            sample_RN,
+            levels_RN,
+            torch.tensor(steps),
+            block_RN,
+            coords_RN3=coords_RN3,
+            eos_RN=eos_RN,
+            frames=frames,
+            score_RN=parts.order.fixed_scores(undecided_RN, levels_RN, coords_RN3, extent_RN3, generator),
+            plan_RK=torch.tensor([plan + [0] * (longest - len(plan)) for plan in plans]).to(sample_RN.device),
+            next_RN=None,
+            remask_RN=torch.zeros_like(undecided_RN),
+        )
+        return state.look_ahead(parts, 0, generator)
+
+    def look_ahead(self, parts: Parts, index: int, generator: Sequence[torch.Generator]) -> MaskState:
+        """This state with what step `index` decides and masks again, as far as no logits are needed to know it."""
+        nothing_RN = torch.zeros_like(self.undecided_RN)
+        if index == self.steps:
+            return replace(self, next_RN=nothing_RN, remask_RN=nothing_RN)
+        if parts.unmasking.unmasking == "ancestral":
+            there_RN = self.block_RN >= 0
+            uniform_U = draw_uniform(there_RN.sum(1).tolist(), 1, generator)[:, 0].to(there_RN.device)
+            uniform_RN = torch.ones_like(self.probs_RN).masked_scatter(there_RN, uniform_U)
+            next_RN, remask_RN = parts.remasking.transition(
+                index, self.steps_R, self.undecided_RN, self.probs_RN, uniform_RN
+            )
+            return replace(self, next_RN=next_RN, remask_RN=remask_RN)
+        if parts.order.is_known_beforehand:
+            score_RN = self.score_RN.masked_fill(~self.candidates_RN, -torch.inf)
+            return replace(self, next_RN=highest(score_RN, self.plan_RK[:, index]))
+        return self
+
+
+def highest(score_RN: Tensor, count_R: Tensor) -> Tensor:
+    """bool: the count_R highest scores of each row that are not -inf; among equals the first."""
+    order_RN = score_RN.argsort(dim=1, descending=True, stable=True)
+    rank_RN = torch.empty_like(order_RN)
+    columns_RN = torch.arange(order_RN.shape[1], device=order_RN.device).expand_as(order_RN)
+    return (rank_RN.scatter(1, order_RN, columns_RN) < count_R[:, None]) & ~score_RN.isneginf()
