@@ -50,6 +50,15 @@ class Parts:
             guidance=_part(Guidance, settings),
         )
 
+    @property
+    def reads(self) -> list[str]:
+        """The attributes of `Candidates` that the parts look at, beside the token and its probability."""
+        return [
+            *(["margin_M"] if self.order.order == "margin" else []),
+            *(["entropy_M"] if self.order.order == "entropy" else []),
+            *(["best_M", "best_probs_M"] if self.remasking.edits else []),
+        ]
+
     def __post_init__(self) -> None:
         order, unmasking, remask = self.order.order, self.unmasking.unmasking, self.remasking.remask
         adaptive, ancestral = self.unmasking.is_adaptive, unmasking == "ancestral"

@@ -67,6 +67,11 @@ class Remasking:
         """Whether decided positions may be masked again."""
         return self.remask in ("cap", "rescale", "conf", "loop")
 
+    @property
+    def edits(self) -> bool:
+        """Whether decided tokens may be replaced."""
+        return self.remask == "edit"
+
     def alphas(self, index: int, steps_R: Tensor) -> Tensor:
         """α_t and α_s, float64 [R, 2]: α before and after step k of K.
 

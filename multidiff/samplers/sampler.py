@@ -85,8 +85,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         num_inference_steps: K where a run does not say; None is 16. An adaptive unmasking finds its own.
         guidance_scale: of classifier-free guidance where a run does not say; 1 is none. One number for all given
             segments, or {tokenizer: scale}, each with that tokenizer's given segments masked.
-        guidance_schedule: "constant"; "linear", from 1 at the first step to the scale at the last; or [first, last],
-            only while the share of steps done is in this interval.
+        guidance_schedule: "constant", "linear", or [first, last], the share of steps done from and to which it guides.
         canvas: size of a blank where a request does not say; None is the tokenizer's default.
 
     Raises:
@@ -137,7 +136,6 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         """A sampler from plain settings, as in `samplers.json`.
 
         Args:
-            settings: by name.
             where: the file and key that they come from, for errors.
 
         Raises:
@@ -201,13 +199,16 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         frame_RN: Tensor | None = None,
         generator: Sequence[torch.Generator],
     ) -> MaskState:
+        """The state before the first step; see `Sampler.start`. A random order is drawn here."""
         return MaskState.first(
             self.parts, sample_RN, levels_RN, coords_RN3, num_inference_steps, eos_RN, extent_RN3, frame_RN, generator
         )
 
     def needs(self, state: MaskState) -> Tensor:
+        """where_RN: the positions that the next step decides, if that is known without their logits, else all undecided
+        positions of the current block. Editing also reads the decided ones."""
         where_RN = state.candidates_RN if state.next_RN is None else state.next_RN
-        if self.parts.remasking.remask == "edit":
+        if self.parts.remasking.edits:
             where_RN = where_RN | (state.decided_RN & where_RN.any(1, keepdim=True))
         return where_RN
 
@@ -221,8 +222,13 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         state: MaskState,
         generator: Sequence[torch.Generator],
     ) -> SamplerOutput:
+        """Decide some of the undecided positions, and mask or replace decided ones if the remasking says so.
+
+        See `Sampler.step`. Each position of `where` takes two random numbers, three if the run has frames; with draw
+        "gumbel" one, and one for each token.
+        """
         parts, index = self.parts, state.steps - 1 - int(timestep)
-        per_token = parts.token_sampling.draw == "gumbel"
+        per_token = parts.token_sampling.is_per_token
         numbers = 1 + model_output.shape[-1] if per_token else 2 if state.frames is None else 3
         uniform_MX = draw_uniform(where.sum(1).tolist(), numbers, generator)
         order_M = uniform_MX[:, 0 if per_token else 1].to(sample_RN.device)
@@ -250,7 +256,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
     ) -> Candidates:
         """A candidate for each position of `where`, on the device of the tables."""
         parts, frames, device = self.parts, state.frames, sample_RN.device
-        per_token = parts.token_sampling.draw == "gumbel"
+        per_token = parts.token_sampling.is_per_token
         draw = (uniform_MX[:, 1:] if per_token else uniform_MX[:, 0]).to(logits_MV.device, non_blocking=True)
         later_M = torch.zeros(len(logits_MV), dtype=torch.bool, device=device)
         if frames is not None:
@@ -265,14 +271,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             tables = (row_U, state.eos_RN[where][row_U], again[row_U.to(again.device)])
             row_U, eos_U, uniform_U = (table.to(logits_MV.device, non_blocking=True) for table in tables)
             parts.token_sampling.sample_content(candidates, row_U, eos_U, logits_MV, uniform_U)
-        order, unmasking, edits = parts.order.order, parts.unmasking.unmasking, parts.remasking.remask == "edit"
-        candidates = candidates.to(
-            device,
-            *(["margin_M"] if order == "margin" else []),
-            *(["entropy_M"] if order == "entropy" or unmasking == "entropy_bound" else []),
-            *(["best_M", "best_probs_M"] if edits else []),
-            *(["content_M", "content_log_probs_M"] if frames is not None else []),
-        )
+        of_frames = () if frames is None else ("content_M", "content_log_probs_M")
+        candidates = candidates.to(device, *parts.reads, *of_frames)
         if left_M is not None and not bool(left_M.all()):
             raise parts.rules.nothing_left("at a position")
         check_finite(candidates.log_probs_M)

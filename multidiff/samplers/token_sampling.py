@@ -107,6 +107,11 @@ class TokenSampling:
                 if getattr(self, name) != neutral:
                     refuse(("temperature", self.temperature), (name, getattr(self, name)))
 
+    @property
+    def is_per_token(self) -> bool:
+        """Whether a draw takes a random number for each token, rather than one for the position."""
+        return self.draw == "gumbel"
+
     def sample(self, logits_MV: Tensor, uniform: Tensor) -> Candidates:
         """Draw a token for each position; see `sample_tokens`."""
         return sample_tokens(logits_MV, uniform, self.temperature, self.top_k, self.top_p, self.typical_p)

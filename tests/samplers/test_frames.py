@@ -259,3 +259,15 @@ def test_editing_turns_no_content_into_eos():
     drawn_RN, _ = drive(sampler, TORN, 3, 500)
     assert bool(((drawn_RN == 2).sum(1) % 3 == 0).all())
     assert 20 < int((drawn_RN[:, 0] == 2).sum()) < 480
+
+
+@pytest.mark.parametrize("order", ["left_to_right", "random"])
+def test_part_of_a_frame_is_asked_for(order):
+    """Two codes of a frame in one step, the third in the next, which sees what the first two are."""
+    seen, number = [], 4000
+    drawn_RN, _ = drive(MaskSampler(order=order, unmasking="linear"), CONSISTENT, 2, number, seen=seen)
+    assert [where_RN.sum(1).unique().tolist() for where_RN, _, _ in seen] == [[2], [1]]
+    assert same(drawn_RN, JOINT) > 1e-3
+    if order == "left_to_right":
+        drawn_RN, _ = drive(MaskSampler(order=order, unmasking="linear"), TORN, 2, number)
+        assert same(drawn_RN, restricted((0, 1, 2))) > 1e-3

@@ -1,4 +1,4 @@
-"""Whole samplers against independent rewrites of the papers they come from."""
+"""Whole samplers and guidance against independent rewrites of the papers they come from."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from multidiff.samplers import MaskSampler
+from multidiff.samplers.guidance import Guidance, guide
 from tests.helpers.sampling import network, run
 from tests.helpers.toys import generator
 
@@ -103,3 +104,16 @@ def test_greedy_rules_step_by_step(rule):
     ours = [rows[0].tolist() for rows in ours]
     assert [rows for rows, before in zip(ours, [None, *ours], strict=False) if rows != before] == seen
     assert 1 < len(seen) < length
+
+
+def test_guidance():
+    conditional = torch.tensor([[0.0, 1.0, -torch.inf]])
+    unconditional = torch.tensor([[0.5, 0.5, -torch.inf]])
+    assert guide(conditional, [(unconditional, 1.0)]).tolist() == conditional.tolist()
+    assert guide(conditional, [(unconditional, 3.0)]).tolist() == [[-1.0, 2.0, -torch.inf]]
+    assert guide(conditional, [(unconditional, 3.0), (torch.zeros(1, 3), 2.0)]).tolist() == [[-1.0, 3.0, -torch.inf]]
+    steps_R = torch.tensor([3, 1, 5])
+    linear, interval = Guidance(3.0, "linear"), Guidance(3.0, [0.25, 0.5])
+    assert [linear.scale_at(3.0, k, steps_R).tolist() for k in range(3)] == [[1, 3, 1], [2, 3, 1.5], [3, 3, 2]]
+    assert [interval.scale_at(3.0, k, torch.tensor([4])).tolist() for k in range(4)] == [[1], [3], [3], [1]]
+    assert Guidance().scale_at(3.0, 0, steps_R).tolist() == [3, 3, 3]

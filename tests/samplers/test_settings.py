@@ -1,11 +1,17 @@
 """Settings: kinds, ranges, contradictions, and what survives being saved."""
 
+import doctest
 import json
 import math
+from dataclasses import fields
 
 import pytest
+import torch
 
+import multidiff.samplers.sampler
 from multidiff.samplers import MaskSampler
+from tests.helpers.sampling import run
+from tests.helpers.toys import generator
 
 
 def test_settings_survive_and_bad_ones_are_named(tmp_path):
@@ -87,3 +93,32 @@ def test_a_forced_place_that_is_no_number_is_a_sentence():
 def test_contradictory_settings_are_named(options, names):
     with pytest.raises(ValueError, match=names):
         MaskSampler(**options)
+
+
+def test_each_flat_setting_belongs_to_one_part_and_has_its_default():
+    parts = MaskSampler().parts
+    flat = {}
+    for part in fields(parts):
+        of_part = {field.name: field.default for field in fields(getattr(parts, part.name))}
+        assert not flat.keys() & of_part.keys()
+        flat |= of_part
+    assert flat | {"canvas": None} == MaskSampler().settings
+
+
+def test_the_setting_is_called_order_and_nothing_shadows_it():
+    sampler = MaskSampler(order="random")
+    assert sampler.config.order == "random"
+    with pytest.warns(FutureWarning, match=r"order.* directly via 'MaskSampler' object attribute is deprecated"):
+        assert sampler.order == "random"  # as all settings of diffusers' objects
+
+
+def test_steps_that_a_run_asks_of_an_adaptive_sampler_are_refused():
+    sampler = MaskSampler(unmasking="threshold", threshold=0.9)
+    with pytest.raises(ValueError, match="num_inference_steps 4, but unmasking 'threshold' finds the number of steps"):
+        run(sampler, torch.full((1, 3), 4), 4, lambda row_N: torch.zeros(3, 4), [generator()])
+
+
+def test_the_example_in_the_docstring_runs():
+    results = doctest.testmod(multidiff.samplers.sampler)
+    assert results.attempted > 5
+    assert results.failed == 0
