@@ -1,10 +1,11 @@
 # `make demo`, `make emoji`: set up, prepare data, train, generate, judge, report.   `make test`: set up, lint, test.
+# `make docs`: set up, build the documentation.   `make lock`: resolve requirements.lock again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Without it every process compiles torch, diffusers and lightning again wherever bytecode writing is off.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: demo emoji test lint lock clean
+.PHONY: demo emoji test lint docs lock clean
 
 demo: .venv/installed
 	$(BIN)/python -m demo
@@ -18,7 +19,12 @@ test: lint
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
 	$(BIN)/basedpyright
+
+# Into site/, with a notice of the theme's makers about its future turned off.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "multidiff needs Python 3.11 or newer: make PYTHON=python3.12 …")'
@@ -35,4 +41,4 @@ lock: .venv/installed
 		--python-version 3.11 --custom-compile-command 'make lock' pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv dist runs
+	rm -rf .venv dist runs site

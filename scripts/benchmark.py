@@ -257,6 +257,7 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
+    """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="decoding | sampling")
     help_ = "tokens a second against the loop that every repository copies"

@@ -196,6 +196,7 @@ def _sound(item: Audio, restored: Audio) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run the evaluation that the command line names, and print its results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="tokenizer")
     one = commands.add_parser("tokenizer", help="Evaluate a tokenizer.")

@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
+    """Write the data folder of the emoji demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/data"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="decides moves, captions, voices and order")

@@ -15,6 +15,7 @@ from demo.openmoji import prepare
 
 
 def main() -> None:
+    """Write the data folder of the picture tokenizer `openmoji`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/openmoji"), help="the folder (default: %(default)s)")
     parser.add_argument("--size", type=int, default=32, help="pixels a side (default: %(default)s)")

@@ -28,6 +28,7 @@ DIGIT_SHARE = 0.35
 
 
 def main() -> None:
+    """Write the data folder of the codecs of spoken words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the data folder to write")
     parser.add_argument("--train", type=int, default=6000, help="clips to train on (default %(default)s)")

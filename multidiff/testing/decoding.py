@@ -22,6 +22,7 @@ THREADS = 4
 
 
 def check_decode(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Codes], folder: Path) -> None:
+    """Check that any codes decode to valid items, the same alone, in any batch and each time."""
     generator = torch.Generator().manual_seed(0)
     drawn = [random_codes(tokenizer, one.size, generator) for one in [tokenizer.canvas(), *codes]]
     kept = [Codes(one.ids_N.clone(), one.levels_N.clone(), one.coords_N3.clone(), dict(one.size)) for one in drawn]
@@ -90,6 +91,7 @@ def check_threads(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Co
 
 
 def check_devices(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Codes]) -> list[str]:
+    """Check that codes and items stay on the CPU, wherever the tokenizer computes. Returns the devices tried."""
     devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     for device in devices:
         tokenizer.to(device)
@@ -109,6 +111,7 @@ def check_devices(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Co
 
 
 def random_codes(tokenizer: ModalityTokenizer, size: dict[str, int], generator: torch.Generator) -> Codes:
+    """Draw a canvas of the given size full of random codes."""
     canvas = tokenizer.canvas(**size)
     limit_N = torch.tensor(tokenizer.codebook_sizes)[canvas.levels_N]
     canvas.ids_N = (torch.rand(len(canvas), generator=generator, dtype=torch.float64) * limit_N).long()

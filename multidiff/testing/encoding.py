@@ -16,6 +16,7 @@ from multidiff.tokenizer import Codes, ItemError, ModalityTokenizer
 
 
 def check_attributes(tokenizer: ModalityTokenizer) -> None:
+    """Check the types and the ranges of the tokenizer's attributes."""
     modality, sizes = tokenizer.modality, tokenizer.codebook_sizes
     expect(isinstance(modality, str) and modality, f"modality must be a word such as 'text', not {modality!r}")
     expect(isinstance(sizes, tuple) and sizes, f"codebook_sizes must be a tuple of one size per level, not {sizes!r}")
@@ -35,6 +36,7 @@ def check_attributes(tokenizer: ModalityTokenizer) -> None:
 
 
 def check_encode(tokenizer: ModalityTokenizer, items: list[Any]) -> None:
+    """Check that encoding is deterministic, batched, and leaves its items alone."""
     with untouched_random_state("encode()"), no_gradient("encode()"):
         codes = tokenizer.encode(items)
     expect(isinstance(codes, list) and len(codes) == len(items), "encode() must return a list of one Codes per item")
@@ -97,6 +99,7 @@ def check_codes(tokenizer: ModalityTokenizer, codes: Codes, source: str) -> None
 
 
 def check_canvas(tokenizer: ModalityTokenizer, codes: list[Codes]) -> None:
+    """Check that canvases have the levels and the coordinates of items of their size."""
     with untouched_random_state("canvas()"):
         default = tokenizer.canvas()
     check_codes(tokenizer, default, "canvas()")

@@ -17,6 +17,7 @@ SAVED_SUFFIXES = {".json", ".safetensors", ".txt", ".md", ".yaml"}
 
 
 def check_files(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -> list[Path]:
+    """Check that items come back from the files they are written to. Returns these files."""
     codes, written = tokenizer.encode(items), []
     for number, (item, one) in enumerate(zip(items, codes, strict=True)):
         check_preview(tokenizer, item)
@@ -42,6 +43,7 @@ def check_files(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) ->
 
 
 def check_saving(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -> list[Path]:
+    """Check that a saved tokenizer loads as it was, and that a damaged one is refused. Returns the saved files."""
     codes, fingerprint = tokenizer.encode(items), tokenizer.fingerprint
     saved, empty, broken = folder / "tokenizer", folder / "empty", folder / "broken"
     saved.mkdir(parents=True)
@@ -83,6 +85,7 @@ def check_saving(tokenizer: ModalityTokenizer, items: list[Any], folder: Path) -
 
 
 def check_preview(tokenizer: ModalityTokenizer, item: Any) -> None:
+    """Check that an item has a picture."""
     with untouched_random_state("preview()"):
         picture = tokenizer.preview(item)
     expect(
@@ -92,6 +95,7 @@ def check_preview(tokenizer: ModalityTokenizer, item: Any) -> None:
 
 
 def write(tokenizer: ModalityTokenizer, item: Any, stem: Path) -> Path:
+    """Write an item and check that exactly one new file holds it."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     before = set(stem.parent.iterdir())
     with untouched_random_state("write()"):

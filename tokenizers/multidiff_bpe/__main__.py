@@ -14,6 +14,7 @@ MEASURED = 10_000
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train a tokenizer on the texts that the command line names, and save it."""
     parser = argparse.ArgumentParser(
         prog="python -m multidiff_bpe",
         description="Train a lossless text tokenizer: byte-level BPE or characters. To use it, write "

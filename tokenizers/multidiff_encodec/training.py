@@ -231,5 +231,5 @@ def _discriminator(filters: int, sample_rate: int, seed: int) -> nn.Module:
 
 
 def _flat(latents_BDt: Tensor) -> Tensor:
-    """[B·t, D]"""
+    """The latents of all frames, [B·t, D]."""
     return latents_BDt.transpose(1, 2).flatten(0, 1)
