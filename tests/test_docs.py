@@ -44,10 +44,13 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built documentation. A builder that fetched something would meet a proxy that does not exist, and fail."""
+    """The built documentation. A builder that fetched something would meet a proxy that does not exist, and fail.
+
+    Without `--quiet`, with which MkDocs counts no warnings.
+    """
     folder = tmp_path_factory.mktemp("site")
     nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, **nowhere, "NO_MKDOCS_2_WARNING": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert not result.returncode, result.stdout + result.stderr
