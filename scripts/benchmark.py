@@ -257,7 +257,6 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="decoding | sampling")
     help_ = "tokens a second against the loop that every repository copies"
@@ -274,7 +273,7 @@ def main() -> None:
     quality.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="its data folder")
     quality.add_argument("--num-samples", type=int, default=200, help="test documents a task")
     quality.add_argument("--seed", type=int, default=0, help="of judges and draws")
-    quality.add_argument("--plot", type=Path, default=Path("docs/assets/sampling.png"), help="where the plot goes")
+    quality.add_argument("--plot", type=Path, default=Path("assets/sampling.png"), help="where the plot goes")
     quality.set_defaults(run=sampling)
     arguments = parser.parse_args()
     print(json.dumps(arguments.run(arguments)))

@@ -152,8 +152,9 @@ def check_training(words):
 
 
 def check_options(words, source):
-    """That the options of a command are in its source, and that settings of samplers exist."""
-    text = source.read_text(encoding="utf-8")
+    """That the options of a command are in its source or in the package beside it, and that sampler settings exist."""
+    files = [source, *source.with_name(f"{source.stem}s").glob("*.py")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
     for word in words:
         option = word.partition("=")[0]
         if match := re.fullmatch(r"--sampler\.\w+\.(\w+)", option):
