@@ -71,6 +71,11 @@ def test_every_public_name_is_in_the_reference(site, name):
     assert any(f'id="{home}"' in page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
 
 
+def test_examples_of_docstrings_are_shown_as_code(site):
+    for page in (site / "api").glob("*.html"):
+        assert "<blockquote>" not in page.read_text(encoding="utf-8"), "an example belongs under `Examples:`"
+
+
 @pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
 def test_links_of_pages_outside_of_the_site_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
