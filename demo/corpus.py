@@ -39,7 +39,7 @@ KINDS = {
 SPEEDS = (150, 170, 190, 210)  # words a minute
 PITCHES = (32, 41, 50, 59, 68)  # of 99
 WRITTEN_RATE = 16000  # Hz
-VERSION = 7  # of what the demos' data modules make: one more makes everybody's data anew
+VERSION = 7  # of what the demos' data modules make: one more makes all data again
 _STAMP = "prepared.json"
 
 

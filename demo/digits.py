@@ -33,7 +33,7 @@ def prepare(
         seed: decides everything.
         num: number of pictures, 20 to 10,000; each has a document, and one more for each moved copy.
         moved: moved copies of each picture and clip of the training split; the other splits don't depend on it.
-        force: make it anew even if it is there.
+        force: make it again even if it is there.
         progress: show bars.
 
     Raises:

@@ -37,7 +37,7 @@ def prepare(output: Path, *, pictures: int, seed: int = 0, force: bool = False, 
         output: the folder; one made with other settings is replaced.
         pictures: of each emoji to train on, 1 to 1,000; there are an eighth as many for validation, a sixth for test.
         seed: decides everything.
-        force: make it anew even if it is there.
+        force: make it again even if it is there.
         progress: show bars.
 
     Raises:

@@ -99,7 +99,7 @@ def prepare(
         size: pixels a side.
         num_augmentations: moved drawings of each emoji to train on.
         seed: decides what is held out, and moves.
-        force: make it anew even if it is there.
+        force: make it again even if it is there.
         progress: show bars.
 
     Raises:

@@ -21,7 +21,7 @@ _GALLERIES = {  # direction: title, note, samples of each name, samples at most
     ),
     "text_to_audio": (
         "Speech from words",
-        "Each word is spoken anew; below it the caption that it was made from.",
+        "Each word is spoken again. Below it the caption that it was made from.",
         1,
         20,
     ),
@@ -89,7 +89,7 @@ def write_report(
     report.strips("Filled in step by step", note, strips)
     report.curves(
         "Training",
-        "Loss in nats per token, by training step. Training panels are weighted estimates at random noise levels; "
+        "Loss in nats per token, by training step. Training panels are weighted estimates at random times; "
         "validation panels are bounds: with the other segments given, with them absent, and jointly.",
         loss_panels(read_scalars(logs)),
     )

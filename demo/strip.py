@@ -6,6 +6,7 @@ Shape suffixes: N codes of a segment.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from demo.report import Frame, Shown, Strip
 from multidiff import Blank, Codes, Given, MultiDiffPipeline
 from multidiff.seeding import generator_for
-from multidiff.sequence.sequencer import Segment
+from multidiff.sequence import Segment
 
 OPEN = (168, 166, 160)  # the colour of what is undecided
 AFTER_END = (255, 255, 255)
@@ -57,15 +58,7 @@ def watch(
 
 
 def _opened(segment: Segment) -> Segment:
-    return Segment(
-        segment.tokenizer,
-        segment.ids_N * 0,
-        segment.levels_N,
-        segment.coords_N3,
-        segment.known_N & False,
-        segment.content,
-        segment.size,
-    )
+    return replace(segment, ids_N=segment.ids_N * 0, known_N=segment.known_N & False)
 
 
 def _moment(step: int, segment: Segment) -> str:

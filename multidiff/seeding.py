@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 
-def generator_for(*key: int) -> torch.Generator:
+def generator_for(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by a hash of `key`, for instance (seed, step, document). Equal keys give equal numbers.
 
     A sum or product of the parts would make the streams of neighbouring steps and documents overlap.

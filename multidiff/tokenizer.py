@@ -44,6 +44,14 @@ class Codes:
             audio (frame, level, 0).
         size: the arguments of `ModalityTokenizer.canvas` for this item, for instance {"height": 32, "width": 32},
             {"frames": 30} or {"tokens": 12}. For a tokenizer of variable length it has exactly one entry, the length.
+
+    Examples:
+        A text of three codes, which stand in a line:
+
+        >>> place = torch.arange(3)
+        >>> codes = Codes(torch.tensor([7, 4, 7]), torch.zeros(3, dtype=torch.int64), place[:, None].expand(3, 3))
+        >>> len(codes), codes.coords_N3[2].tolist()
+        (3, [2, 2, 2])
     """
 
     ids_N: Tensor

@@ -210,7 +210,7 @@ def test_nothing_is_imported_that_is_not_declared(folder, extras):
     allowed = {normal(requirement) for requirement in declared}
     providers = packages_distributions()
     plugins = {"multidiff_melody", "multidiff_labelmap", "multidiff_series"}
-    own = {"demo", "scripts", "tests", *plugins, *SHIPPED}
+    own = {"benchmarks", "demo", "scripts", "tests", *plugins, *SHIPPED}
     undeclared = {
         f"{file.relative_to(ROOT)}: {name}"
         for file, name in imports(ROOT / folder)
@@ -249,7 +249,7 @@ model:
     transformer: {hidden_size: 16, num_layers: 1, num_heads: 2}
 data:
   class_path: multidiff.data.module.DocumentDataModule
-  init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}", batch_size: 2, row_length: null}
+  init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}", batch_size: 2}
 trainer:
   max_steps: 2
   accelerator: cpu

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from multidiff.cli.errors import UserError, reported, say
 
 if TYPE_CHECKING:
-    from multidiff.generation.pipeline import Blank, Filled, Given, MultiDiffPipeline
+    from multidiff.generation import Blank, Filled, Given, MultiDiffPipeline
 
 _BATCH = 64
 _DESCRIPTION = "Fill in the blank segments of a document. Texts are printed, other items are written to files."
@@ -151,7 +151,7 @@ def _positive(text: str) -> int:
 def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> None:
     import torch
 
-    from multidiff.generation.pipeline import MultiDiffPipeline
+    from multidiff.generation import MultiDiffPipeline
     from multidiff.samplers import MaskSampler
     from multidiff.seeding import generator_for
 
@@ -163,9 +163,8 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
     for name, settings in overrides.items():
         pipeline.vocabulary.layout(name)
         saved = pipeline.samplers[name]
-        assert isinstance(saved, MaskSampler)  # a saved model holds no other kind
-        changed = {**saved.settings, **settings}
-        sampler = MaskSampler.from_settings(changed, f"--sampler.{name}")
+        assert isinstance(saved, MaskSampler)  # as every saved model has
+        sampler = MaskSampler.from_settings({**saved.settings, **settings}, f"--sampler.{name}")
         pipeline.sequencer.blank(name, sampler.canvas or {})
         pipeline.samplers[name] = sampler
     documents = _documents(preset, options, pipeline)
@@ -200,7 +199,7 @@ def _types() -> mimetypes.MimeTypes:
 def _documents(
     preset: str | None, options: argparse.Namespace, pipeline: MultiDiffPipeline
 ) -> list[list[Given | Blank]]:
-    from multidiff.generation.pipeline import Blank
+    from multidiff.generation import Blank
 
     if preset == "caption":
         text = _named(pipeline, "text")
@@ -236,7 +235,7 @@ def _ordered(document: list[Given | Blank], pipeline: MultiDiffPipeline) -> list
 
 def _given(pipeline: MultiDiffPipeline, name: str, value: str) -> Given:
     """The segment of a file or a prompt. A text and its EOS must fit the canvas on which the model writes texts."""
-    from multidiff.generation.pipeline import Given
+    from multidiff.generation import Given
 
     item = pipeline.tokenizers[name].read(value, Path())
     canvas = pipeline.samplers[name].canvas
@@ -271,7 +270,7 @@ def _deliver(
 ) -> None:
     """Print a text; write any other item to a file and print its path."""
     from multidiff.files import naming
-    from multidiff.generation.pipeline import Given
+    from multidiff.generation import Given
 
     made = [part for part, request in zip(document, asked, strict=True) if not isinstance(request, Given)]
     for place, part in enumerate(made):

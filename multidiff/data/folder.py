@@ -2,8 +2,9 @@
 
     {"split": "train", "segments": [{"text": "a seven"}, {"image": "img/12.png"}, {"speech": "wav/7-f3.flac"}]}
 
-The keys of a segment are tokenizer names, the values whatever that tokenizer's `read` takes. The order is the order
-of the document; one name may stand several times. The file is UTF-8, with or without a byte-order mark.
+The key of a segment is the name of a tokenizer, the value whatever that tokenizer's `read` takes. A segment may have a
+"label" beside it, which tasks call it by: {"text": "what is it?", "label": "question"}. The order is the order of the
+document; one name may stand several times. The file is UTF-8, with or without a byte-order mark.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 from multidiff import files
 
+LABEL = "label"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 _EXAMPLE = '{"split": "train", "segments": [{"image": "img/12.png"}, {"text": "a seven"}]}'
 _OTHER_LAYOUTS = ("metadata.csv", "metadata.parquet")
@@ -31,11 +33,13 @@ class Record(NamedTuple):
         line: its number, from 1.
         split: "train", "validation" or "test".
         segments: (tokenizer name, value) in the document's order.
+        labels: of the segments; the tokenizer's name where the line gives none.
     """
 
     line: int
     split: str
     segments: list[tuple[str, Any]]
+    labels: list[str]
 
 
 def read_metadata(folder: Path | str, splits: Collection[str] = SPLITS) -> list[Record]:
@@ -77,7 +81,7 @@ def parse_metadata(content: bytes, path: Path, splits: Collection[str] = SPLITS)
             if record.split in splits:
                 records.append(record)
     if not records:
-        raise ValueError(f"{path} holds no document of split {' or '.join(splits)}")
+        raise ValueError(f"{path} has no documents in split {' or '.join(splits)}.")
     return records
 
 
@@ -134,12 +138,17 @@ def _parse(line: bytes, number: int, path: Path) -> Record:
     split = row.get("split", "train")
     if split not in SPLITS:
         raise ValueError(f"{where}: split {split!r} is none of {', '.join(SPLITS)}")
-    segments = []
+    segments, labels = [], []
     for index, segment in enumerate(row["segments"]):
-        if not isinstance(segment, dict) or len(segment) != 1:
+        named = {key: value for key, value in segment.items() if key != LABEL} if isinstance(segment, dict) else {}
+        if len(named) != 1:
             raise ValueError(f'{where}, segment {index}: expected one tokenizer name and its value, {{"text": "…"}}')
-        segments += segment.items()
-    return Record(number, split, segments)
+        label = segment.get(LABEL, next(iter(named)))
+        if not isinstance(label, str) or not label or label == "others":
+            raise ValueError(f"{where}, segment {index}: a label must be a word other than 'others', got {label!r}")
+        segments += named.items()
+        labels.append(label)
+    return Record(number, split, segments, labels)
 
 
 def _fault(line: bytes, error: ValueError) -> str:

@@ -1,7 +1,7 @@
 """Documents that are longer than a model should take: refused, left out, cut or split, when shards are read.
 
-The length of a document is what it has in tokens: `<bos>`, two structure tokens a segment, and its codes. The stops
-that max_eos_padding adds come on top.
+The length of a document is what it has in tokens: `<bos>`, two structure tokens a segment, and its codes. EOS padding
+comes on top.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     Attributes:
         start, stop: the first code and the one after the last; whole units (tokens, frames).
         size: of the part, as the shards write sizes (JSON).
-        ends: whether the item ends there; if not, no stop may follow.
+        ends: whether the item ends there; if not, no EOS may follow.
     """
 
     start: int

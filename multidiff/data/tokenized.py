@@ -32,7 +32,7 @@ OnError = Literal["raise", "skip"]
 _ITEMS_PER_BATCH = 256
 _BYTES_PER_BATCH = 2**24  # of files; what is read of them is often ten times as large
 _DOCUMENTS_PER_SHARD = 16_384
-_FORMAT = 2
+_FORMAT = 3
 _LOUD_SHARE = 0.1  # of a split's documents: more left out than this is a warning
 
 _warn = rank_zero_only(logging.getLogger(__name__).warning)
@@ -101,7 +101,8 @@ class EmptySplitError(ValueError):
 
 
 def open_split(place: Path, split: str) -> Dataset:
-    """The documents of a split: rows of "line", "length" (tokens), "names", "ids" (int32 lists) and "sizes" (JSON).
+    """The documents of a split: rows of "line", "length" (tokens), "names", "labels", "ids" (int32 lists) and "sizes"
+    (JSON).
 
     Raises:
         EmptySplitError: the split is empty.
@@ -241,6 +242,17 @@ class _Row(NamedTuple):
     ids: np.ndarray
     size: str
 
+    @classmethod
+    def of(cls, name: str, codes: Codes, tokenizer: ModalityTokenizer) -> _Row:
+        """What is kept of these codes. Ids are checked here, once; `ValueError` for one outside of its codebook."""
+        sizes_N = torch.tensor(tokenizer.codebook_sizes)[codes.levels_N]
+        if bool(((codes.ids_N < 0) | (codes.ids_N >= sizes_N)).any()):
+            raise ValueError(
+                f"Tokenizer {name!r} made a code outside of its codebooks of {tokenizer.codebook_sizes}. Its plugin "
+                "breaks its contract; multidiff.testing.check_tokenizer says how."
+            )
+        return cls(codes.ids_N.int().numpy(), json.dumps(codes.size))
+
 
 class _Encoder(LightningModule):
     """What shards keep, or the error, of every item by tokenizer and `_key`."""
@@ -270,7 +282,7 @@ class _Encoder(LightningModule):
             if isinstance(codes, ItemError) and self.on_error == "raise":
                 message = _complaint(self.folder, source.line, codes).rstrip(".")
                 raise ValueError(f"{message}. Or set on_error: skip to leave such documents out.")
-            row = codes if isinstance(codes, ItemError) else _Row(codes.ids_N.int().numpy(), json.dumps(codes.size))
+            row = codes if isinstance(codes, ItemError) else _Row.of(name, codes, self.codecs[name])
             rows[name, _key(source.value)] = row
         return rows
 
@@ -316,6 +328,7 @@ def _write(
                 "line": record.line,
                 "length": 1 + sum(2 + len(one.ids) for one in good),  # <bos>, each segment's begin and end, the codes
                 "names": [name for name, _ in record.segments],
+                "labels": record.labels,
                 "ids": [one.ids for one in good],
                 "sizes": [one.size for one in good],
             }

@@ -1,6 +1,8 @@
-"""Measurements: how well tokenizers use their codes, and how much of a picture or sound a reconstruction keeps."""
+"""Measurements: the likelihood of documents, how well tokenizers use their codes, and how much of a picture or sound a
+reconstruction keeps."""
 
 from multidiff.evaluation.fidelity import align_sounds, picture_fidelity, speech_fidelity, text_fidelity
+from multidiff.evaluation.likelihood import likelihood, modes
 from multidiff.evaluation.metrics import (
     code_agreement,
     code_distribution,
@@ -17,6 +19,8 @@ __all__ = [
     "codebook_entropy",
     "codebook_usage",
     "information",
+    "likelihood",
+    "modes",
     "picture_fidelity",
     "speech_fidelity",
     "survives_saving",

@@ -1,5 +1,6 @@
 """Documents with blanks in, the same documents filled in out."""
 
-from multidiff.generation.pipeline import Blank, Filled, Given, Masked, MultiDiffOutput, MultiDiffPipeline
+from multidiff.generation.pipeline import MultiDiffOutput, MultiDiffPipeline
+from multidiff.generation.requests import Blank, Filled, Given, Masked
 
 __all__ = ["Blank", "Filled", "Given", "Masked", "MultiDiffOutput", "MultiDiffPipeline"]

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from multidiff.generation.pipeline import Filled, Given, Masked, MultiDiffPipeline
+from multidiff.generation.pipeline import MultiDiffPipeline
+from multidiff.generation.requests import Filled, Given, Masked
 from multidiff.tokenizer import Codes
 
 
@@ -90,7 +91,7 @@ def inpaint(pipe: MultiDiffPipeline, tokenizer: str, picture: Any, mask: Image.I
     unknown = F.adaptive_max_pool2d(bright.float(), (rows, columns))[0] > 0
     unknown_N = unknown[codes.coords_N3[:, 1], codes.coords_N3[:, 2]]
     if not bool(unknown_N.any()):
-        raise ValueError("inpaint: the mask has no bright pixel; white is what to make anew")
+        raise ValueError("inpaint: the mask has no bright pixel; white marks what to generate again")
     return Masked(tokenizer, codes, ~unknown_N)
 
 

@@ -7,8 +7,7 @@
 Any combination of modalities may be given and blank. Every tokenizer's blanks are filled by a sampler of its own, all
 in the same forward passes.
 
-Shape suffixes: B rows, L row length, R documents that have unknown codes of a tokenizer, N such codes of a document,
-M positions whose logits a step reads, V local ids.
+Shape suffixes: P tokens of the batch, N codes of a segment.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, Protocol, Self
 
 import torch
@@ -29,89 +27,16 @@ from torch import Tensor, nn
 
 from multidiff import checkpoints, files
 from multidiff.checkpoints import ModelParts
-from multidiff.generation.decoding import Decision, Decoder, make_runs
-from multidiff.models.transformer import MaskedDiffusionTransformer
-from multidiff.samplers import Sampler, Samplers, Scheduler
+from multidiff.generation.decoder import Decoder
+from multidiff.generation.requests import Filled, Given, Masked, Request, check_nesting, make_segments
+from multidiff.generation.runs import Decision, SegmentFacts, make_runs
+from multidiff.models import MaskedDiffusionTransformer
+from multidiff.samplers import MaskSampler, Sampler, Samplers, Scheduler
 from multidiff.samplers.guidance import check_scale
 from multidiff.samplers.token_sampling import NotFiniteError
 from multidiff.samplers.unmasking import check_steps
-from multidiff.sequence.seen import SeenDocuments
-from multidiff.sequence.sequencer import Segment, Sequencer, TokenBatch
-from multidiff.sequence.vocabulary import MASK, SharedVocabulary
-from multidiff.tokenizer import Codes, ModalityTokenizer
-
-_SHORT = Repr()
-_SHORT.maxother = _SHORT.maxstring = 60
-
-
-class Given:
-    """A segment that is there: `Given("text", "seven")`, `Given("image", PIL.Image.open("x.png"))`."""
-
-    def __init__(self, tokenizer: str, item: Any):
-        self.tokenizer = tokenizer
-        self.item = item
-
-    def __repr__(self) -> str:
-        return f"Given({self.tokenizer!r}, {' '.join(_SHORT.repr(self.item).split())})"
-
-
-class Blank:
-    """A segment to fill in: `Blank("image", height=32, width=48)`; a size not given is that of the saved sampler
-    settings (`canvas`), else the usual one of training, else the tokenizer's default.
-
-    Where length varies, the size is room, not length: the model decides where in it the content ends.
-    """
-
-    def __init__(self, tokenizer: str, **size: int):
-        self.tokenizer = tokenizer
-        self.size = size
-
-    def __repr__(self) -> str:
-        return f"Blank({', '.join([repr(self.tokenizer), *(f'{key}={value}' for key, value in self.size.items())])})"
-
-
-class Masked:
-    """A segment to fill in where `known_N` is False; known codes come back as they are.
-
-    `multidiff.generation.editing` makes them: masked spans, regions of pictures, gaps in sounds, continuations.
-
-    Args:
-        codes: as `tokenizer.encode` returns them; arbitrary valid ids where unknown.
-        known_N: bool, one for each code.
-        max_new_units: where length varies, units (tokens, frames) after the codes to fill in as well; the content ends
-            where the model decides within them. With 0 it ends where the codes do.
-    """
-
-    def __init__(self, tokenizer: str, codes: Codes, known_N: Tensor, max_new_units: int = 0):
-        self.tokenizer = tokenizer
-        self.codes = codes
-        self.known_N = known_N
-        self.max_new_units = max_new_units
-
-    def __repr__(self) -> str:
-        known = int(self.known_N.sum())
-        return (
-            f"Masked({self.tokenizer!r}, {known} of {len(self.codes)} codes known, max_new_units={self.max_new_units})"
-        )
-
-
-@dataclass(frozen=True)
-class Filled:
-    """A segment of a filled document.
-
-    Attributes:
-        tokenizer: its name.
-        item: what its codes decode to; for a `Given`, what was given.
-        codes: its codes.
-        probs_N: float64, the probability of each code when it was decided; NaN where it was known.
-        given: whether it was a `Given`.
-    """
-
-    tokenizer: str
-    item: Any
-    codes: Codes
-    probs_N: Tensor
-    given: bool
+from multidiff.sequence import MASK, SeenDocuments, Segment, Sequencer, SharedVocabulary, TokenBatch
+from multidiff.tokenizer import ModalityTokenizer
 
 
 @dataclass
@@ -229,10 +154,11 @@ class MultiDiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        documents: Sequence[Sequence[Given | Blank | Masked]],
+        documents: Sequence[Sequence[Request]],
         num_inference_steps: int | None = None,
         guidance_scale: float | Mapping[str, float] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        null_masks_partly_known: bool = False,
         callback_on_step_end: Callable[[MultiDiffPipeline, int, int, dict[str, Any]], Any] | None = None,
         trace: bool = False,
         divergence: bool = False,
@@ -241,7 +167,8 @@ class MultiDiffPipeline(DiffusionPipeline):
 
         Args:
             documents: lists of `Given`, `Blank` and `Masked` segments, at least one of them with something unknown.
-            num_inference_steps: steps for every tokenizer whose count does not find its own; None takes each sampler's.
+            num_inference_steps: steps for every tokenizer whose sampler does not find their number itself; None takes
+                each sampler's own.
             guidance_scale: classifier-free guidance for every tokenizer, 1 is none; None takes each sampler's own.
                 The null is the document with its given segments masked; with {tokenizer: scale}, one null for each,
                 with that tokenizer's masked. A document without any is not guided by a saved scale, and refused with
@@ -251,6 +178,8 @@ class MultiDiffPipeline(DiffusionPipeline):
                 and in any batch, so its sample is the same up to the rounding of the forward pass: practically always
                 in fp32 and fp64; in bf16, kernels for another batch size may round a probability to the other side of
                 a decision.
+            null_masks_partly_known: whether the null also masks what is known inside of `Masked` segments, so that
+                guidance also strengthens what follows from that.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"documents": …})` after every step, with
                 the documents as lists of `multidiff.sequence.Segment`, `known_N` True where decided.
             trace: also return what was decided when.
@@ -265,19 +194,20 @@ class MultiDiffPipeline(DiffusionPipeline):
             check_steps(num_inference_steps)
         if guidance_scale is not None:
             check_scale(guidance_scale)
-        _check_nesting(documents)
+        check_nesting(documents)
         generators = _generators(generator, len(documents))
-        segments = self._segments(documents)
+        segments = make_segments(documents, self.sequencer, self.tokenizers, self.canvas)
         self._remark(segments)
         batch = self.sequencer.batch(segments)
         inside = [len(part.codes) if isinstance(part, Masked) else 0 for document in documents for part in document]
         units = [self.sequencer.unit(segment) for document in segments for segment in document]
-        counts = torch.tensor(inside), torch.tensor(units)
-        runs = make_runs(
-            batch, *counts, self.vocabulary, self.samplers, generators, num_inference_steps, guidance_scale
-        )
-        conditions = {key for run in runs for key, scale in run.scales.items() if scale != 1}
-        nulls = {key: self._null(key, batch, segments, guidance_scale is not None) for key in sorted(conditions)}
+        facts = SegmentFacts(torch.tensor(inside), torch.tensor(units))
+        runs = make_runs(batch, facts, self.vocabulary, self.samplers, generators, num_inference_steps, guidance_scale)
+        required = guidance_scale is not None
+        nulls = {
+            key: self._null(key, batch, segments, required, null_masks_partly_known)
+            for key in sorted({key for run in runs for key, scale in run.scales.items() if scale != 1})
+        }
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)
         with _evaluating(self.transformer), self.progress_bar(total=decoder.steps) as bar:  # pyright: ignore
             for step in range(decoder.steps):
@@ -295,50 +225,10 @@ class MultiDiffPipeline(DiffusionPipeline):
         filled = self._decode(documents, current, _by_segment(decoder.probs_P, batch))
         return MultiDiffOutput(filled, decoder.nfe, decoder.history, decoder.divergence)
 
-    def _segments(self, documents: Sequence[Sequence[Given | Blank | Masked]]) -> list[list[Segment]]:
-        given = [part for document in documents for part in document if isinstance(part, Given)]
-        codes: dict[int, Codes] = {}
-        for name in {part.tokenizer: None for part in given}:
-            self.vocabulary.layout(name)
-            parts = list({id(part): part for part in given if part.tokenizer == name}.values())
-            encoded = self.tokenizers[name].encode([part.item for part in parts])
-            codes |= {id(part): code for part, code in zip(parts, encoded, strict=True)}
-        segments = []
-        for number, document in enumerate(documents):
-            row = []
-            for part in document:
-                if isinstance(part, Given):
-                    row.append(self.sequencer.given(part.tokenizer, codes[id(part)]))
-                elif isinstance(part, Blank):
-                    row.append(self.sequencer.blank(part.tokenizer, self._blank_size(part)))
-                elif isinstance(part, Masked):
-                    row.append(self._partial(part))
-                else:
-                    raise ValueError(f"document {number}: {part!r} is no Given, Blank or Masked segment")
-            if all(bool(segment.known_N.all()) for segment in row):
-                raise ValueError(f"document {number} has nothing to fill in: give it a Blank or a Masked segment")
-            segments.append(row)
-        return segments
-
-    def _partial(self, part: Masked) -> Segment:
-        if part.known_N.shape != part.codes.ids_N.shape or part.known_N.dtype != torch.bool:
-            raise ValueError(
-                f"Masked({part.tokenizer!r}): known_N must be bool, one for each of {len(part.codes)} codes"
-            )
-        varies = self.vocabulary.layout(part.tokenizer).variable_length
-        if part.max_new_units < 0 or (part.max_new_units and not varies):
-            raise ValueError(
-                f"Masked({part.tokenizer!r}): max_new_units {part.max_new_units} must be 0, or more where length varies"
-            )
-        segment = self.sequencer.given(part.tokenizer, part.codes, max(1, part.max_new_units))
-        known_N = torch.full_like(segment.known_N, not part.max_new_units)
-        known_N[: len(part.codes)] = part.known_N
-        return replace(segment, known_N=known_N)
-
-    def _blank_size(self, part: Blank) -> dict[str, int]:
-        self.vocabulary.layout(part.tokenizer)
-        trained = self.seen.canvas.get(part.tokenizer, {}) if self.seen else {}
-        return {**trained, **(self.samplers[part.tokenizer].canvas or {}), **part.size}
+    def canvas(self, name: str) -> dict[str, int]:
+        """The size of a blank where nothing says otherwise."""
+        trained = self.seen.canvas.get(name, {}) if self.seen else {}
+        return {**trained, **(self.samplers[name].canvas or {})}
 
     def _remark(self, documents: Sequence[Sequence[Segment]]) -> None:
         """Warn of what lies outside of what the model was trained on."""
@@ -350,23 +240,27 @@ class MultiDiffPipeline(DiffusionPipeline):
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=4)
 
-    def _null(self, key: str, batch: TokenBatch, segments: Sequence[Sequence[Segment]], required: bool) -> Tensor:
-        """null_BL: the tokens of given segments, of one tokenizer or of all (""), which a null does not see."""
+    def _null(
+        self, key: str, batch: TokenBatch, documents: Sequence[Sequence[Segment]], required: bool, masks_partly: bool
+    ) -> Tensor:
+        """null_P: the known codes, of one tokenizer or of all (""), that a null does not see."""
         if key:
             self.vocabulary.layout(key)
-        given = [
-            [bool(segment.known_N.all()) and key in ("", segment.tokenizer) for segment in document]
-            for document in segments
+        hides = [
+            [
+                key in ("", segment.tokenizer)
+                and bool(segment.known_N.any() if masks_partly else segment.known_N.all())
+                for segment in document
+            ]
+            for document in documents
         ]
-        if required and not all(map(any, given)):
-            number = next(number for number, row in enumerate(given) if not any(row))
+        if required and not all(map(any, hides)):
+            number = next(number for number, row in enumerate(hides) if not any(row))
             raise ValueError(
                 f"guidance_scale other than 1 needs a condition, but document {number} has no given "
-                f"{f'{key!r} ' if key else ''}segment; set guidance_scale=1"
+                f"{f'{key!r} ' if key else ''}segment. Set guidance_scale=1."
             )
-        flat = [known for row in given for known in row]
-        given_S = torch.tensor(flat)
-        return given_S[batch.segment_BL.clamp_min(0)] & (batch.segment_BL >= 0)
+        return batch.spread(torch.tensor([hidden for row in hides for hidden in row]), False) & batch.known_P
 
     def _current(self, batch: TokenBatch, segments: Sequence[Sequence[Segment]], ids_P: Tensor) -> list[list[Segment]]:
         """The documents as they stand; undecided positions hold local id 0 and are not known."""
@@ -390,7 +284,7 @@ class MultiDiffPipeline(DiffusionPipeline):
 
     def _decode(
         self,
-        documents: Sequence[Sequence[Given | Blank | Masked]],
+        documents: Sequence[Sequence[Request]],
         filled: Sequence[Sequence[Segment]],
         p: Sequence[Tensor],
     ) -> list[list[Filled]]:
@@ -536,21 +430,6 @@ class MultiDiffPipeline(DiffusionPipeline):
             raise ValueError(f"device {device} cannot be used ({files.first_line(error)})") from error
 
 
-def _check_nesting(documents: Any) -> None:
-    """Raise a `ValueError` unless `documents` is a sequence of sequences, with an example where a list is missing."""
-    part = Given | Blank | Masked
-    if isinstance(documents, part) or (isinstance(documents, Sequence) and any(isinstance(p, part) for p in documents)):
-        raise ValueError(
-            "the pipeline takes a list of documents, each a list of segments: for one document write "
-            'pipe([[Given("text", "seven"), Blank("image")]]), with two brackets'
-        )
-    for number, document in enumerate(documents if isinstance(documents, Sequence) else [documents]):
-        if isinstance(document, str) or not isinstance(document, Sequence):
-            raise ValueError(f"document {number} must be a list of segments, not {_SHORT.repr(document)}")
-    if not documents:
-        raise ValueError("no documents to fill in")
-
-
 @contextmanager
 def _evaluating(transformer: MaskedDiffusionTransformer) -> Iterator[None]:
     """Dropout is off inside; a training that goes on has each module in the mode that it was in."""
@@ -564,19 +443,22 @@ def _evaluating(transformer: MaskedDiffusionTransformer) -> Iterator[None]:
 
 
 def _by_segment(values_P: Tensor, batch: TokenBatch) -> list[Tensor]:
-    """Values of the tokens of each segment. Rows keep the order of documents, so the tokens of all segments
-    follow one another."""
-    segment_P = batch.segment_BL.flatten()
-    numbers = torch.bincount(segment_P[segment_P >= 0], minlength=len(batch.document_S))
-    return list(values_P[segment_P >= 0].split(numbers.tolist()))
+    """Values of the tokens of each segment."""
+    return list(values_P[batch.segment_P >= 0].split(batch.length_S.tolist()))
 
 
 def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, documents: int) -> list[torch.Generator]:
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    if isinstance(generator, torch.Generator):
-        return [generator] * documents
-    if len(generator) != documents:
-        raise ValueError(f"{len(generator)} generators for {documents} documents: give one for each, or one for all")
-    return list(generator)
+    generators = [generator] * documents if isinstance(generator, torch.Generator) else generator
+    if not isinstance(generators, Sequence) or not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(
+            f"generator must be a torch.Generator or a list of them, not {generator!r}. For a seed, write "
+            "torch.Generator().manual_seed(0)."
+        )
+    if any(one.device.type != "cpu" for one in generators):
+        raise ValueError("The generators must be on the CPU, where decoding keeps its tables: torch.Generator().")
+    if len(generators) != documents:
+        raise ValueError(f"{len(generators)} generators for {documents} documents: give one for each, or one for all")
+    return list(generators)

@@ -1,5 +1,6 @@
-"""The denoiser."""
+"""The denoiser: the transformer, attention over documents, key/value caches."""
 
+from multidiff.models.cache import KeyValueCache
 from multidiff.models.transformer import MaskedDiffusionTransformer
 
-__all__ = ["MaskedDiffusionTransformer"]
+__all__ = ["KeyValueCache", "MaskedDiffusionTransformer"]

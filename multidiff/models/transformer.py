@@ -1,17 +1,19 @@
-"""The denoiser, whole: a bidirectional transformer over interleaved documents.
+"""The denoiser, whole: a bidirectional transformer over flat batches of interleaved documents.
 
 Like Llama: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention. Unlike it:
-- attention is bidirectional within a document and closed between documents that share a row;
+- attention is bidirectional and stays within a document (`multidiff.models.attention`);
 - a token has a position on three axes; frequency j of head_dim / 2 turns with axis j mod 3, so three equal
   coordinates give Llama's rotary exactly;
 - a code's coordinates within its segment are added to its embedding as Fourier features, which make every place of a
   grid a direction of its own. Rotary alone ties what stands there to its place only through attention, which takes
   several times as many examples to learn;
-- no time input: the number of masks tells the noise level (Ou et al. 2024, arXiv 2406.03736);
-- the head evaluates only the positions and the span of the vocabulary that it is asked for.
+- no time input: the number of masks tells the time (Ou et al. 2024, arXiv 2406.03736);
+- the head evaluates only the positions and the span of the vocabulary that it is asked for, and the last layer only
+  these positions: its keys and values are needed everywhere, its queries and what follows from them are not.
 
-Shape suffixes: B rows, L row length, D hidden size, H query heads, K key/value heads, E head dimension, F frequencies
-(E / 2), N positions asked for, V codes of a span, A columns computed anew, S selected rows, 3 axes.
+Shape suffixes: P tokens of all documents one after another, A those that are computed, Q those whose logits are read,
+D hidden size, H query heads, K key/value heads, E head dimension, F frequencies (E / 2), N positions that draw from one
+span, V codes of a span, 3 axes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +30,14 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from multidiff.models.attention import AttentionPlan, attend, plan_attention
+from multidiff.models.cache import KeyValueCache
+from multidiff.models.norm import RMSNorm
+from multidiff.models.rotary import apply_rotary_emb, fourier_features, rotary, rotary_frequencies, wave_turns
 from multidiff.sequence.vocabulary import Span
 
 INITIAL_STD = 0.02
+_LOGITS = 2**25  # elements of the logits that a loss holds at once
 
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
@@ -38,7 +46,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
     Args:
         vocabulary_rows: rows of the embedding, `SharedVocabulary.rows`.
         hidden_size: D.
-        num_layers: number of blocks.
+        num_layers: number of layers.
         num_heads: H, query heads; D / H must be even.
         num_key_value_heads: K ≤ H, shared by H / K query heads each; None means H.
         intermediate_size: width of the SwiGLU; None means 8/3 D, rounded up to a multiple of 64.
@@ -72,26 +80,29 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ):
         super().__init__()
-        kv_heads = num_key_value_heads or num_heads
-        if hidden_size % num_heads or (hidden_size // num_heads) % 2 or num_heads % kv_heads:
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        if kv_heads < 1 or hidden_size % num_heads or (hidden_size // num_heads) % 2 or num_heads % kv_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} must be an even multiple of num_heads {num_heads}, "
                 f"and num_heads a multiple of num_key_value_heads {kv_heads}"
             )
-        intermediate_size = intermediate_size or -(-hidden_size * 8 // (3 * 64)) * 64
+        if intermediate_size is None:
+            intermediate_size = -(-hidden_size * 8 // (3 * 64)) * 64
         self.head_size = hidden_size // num_heads
         self.embed = nn.Embedding(vocabulary_rows, hidden_size)
         self.layers = nn.ModuleList(
             TransformerLayer(
                 Attention(hidden_size, num_heads, kv_heads, self.head_size, qk_norm, attention_bias, norm_epsilon),
                 SwiGLU(hidden_size, intermediate_size),
-                nn.RMSNorm(hidden_size, norm_epsilon),
-                nn.RMSNorm(hidden_size, norm_epsilon),
+                RMSNorm(hidden_size, norm_epsilon),
+                RMSNorm(hidden_size, norm_epsilon),
                 dropout,
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(hidden_size, norm_epsilon)
+        self.norm = RMSNorm(hidden_size, norm_epsilon)
         self.head = None if tie_embeddings else nn.Linear(hidden_size, vocabulary_rows, bias=False)
         self.gradient_checkpointing = False
         # Constants are made here, on the CPU whatever the default device, because a compiler rounds their powers in
@@ -100,7 +111,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         self._turns_F3 = wave_turns(hidden_size // 2)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw all weights: N(0, 0.02²), and 0.02 / √(2 · layers) where a block writes to the residual stream
+        """Draw all weights: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer writes to the residual stream
         (Radford et al. 2019, GPT-2, section 2.3)."""
         residual = INITIAL_STD / math.sqrt(2 * len(self.layers))
         for name, weight in self.named_parameters():
@@ -114,62 +125,135 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        ids_BL: Tensor,
-        positions_BL3: Tensor,
-        document_BL: Tensor,
-        queries: Sequence[tuple[Tensor, Span]],
-        coords_BL3: Tensor | None = None,
+        ids_P: Tensor,
+        positions_P3: Tensor,
+        document_starts: Tensor,
+        logit_positions: Sequence[tuple[Tensor, Span]],
+        coords_P3: Tensor | None = None,
+        targets: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        active_BA: Tensor | None = None,
+        active_A: Tensor | None = None,
     ) -> list[Tensor]:
-        """Logits where they are asked for.
+        """Logits where they are asked for, or the cross-entropy of targets there.
 
         Args:
-            ids_BL: shared ids, `<mask>` where noised.
-            positions_BL3: coordinates of each token on three axes.
-            document_BL: tokens attend to those with the same number in their row (padding to padding).
-            queries: (index_N, (start, stop)): evaluate shared ids start ≤ id < stop at flat positions index_N of B·L.
-                Spans are disjoint. One may ask for no position; it then returns an empty tensor that still is part
-                of the graph, so that every rank of a distributed run uses the same parameters.
-            coords_BL3: coordinates within the segment, negative at tokens outside of any; None where all are.
-            cache: takes the keys and values of this pass; with `active_BA`, lends those of an earlier one.
-            active_BA: the columns of each row that are computed anew; all others keep their cached keys and values.
-                `queries` then count positions in B·A.
+            ids_P: shared ids of all documents, one after another; `<mask>` where noised.
+            positions_P3: coordinates of each token on three axes.
+            document_starts: int [D + 1], on the CPU: document d is document_starts[d]:document_starts[d + 1].
+            logit_positions: (index_N, (start, stop)), on the CPU: evaluate shared ids start ≤ id < stop at the
+                positions index_N, in any order and as often as they stand there. Spans are equal or disjoint. One may
+                ask for no position; it then returns an empty tensor that still is part of the graph, so that every
+                rank of a distributed run uses the same parameters.
+            coords_P3: coordinates within the segment, negative at tokens outside of any; None where all are.
+            targets: int64, ids relative to the start of the span, at all positions of `logit_positions` in their order.
+                Where given, the cross-entropies of these are returned, in place of logits of which no more are held at
+                once than a few million.
+            cache: takes the keys and values of all tokens that are computed, in place; with `active_A`, lends those of
+                others.
+            active_A: int64, ascending, on the CPU: the tokens that are recomputed; all others keep their cached keys
+                and values. Logits are asked for at some of these.
 
         Returns:
-            One [N, stop - start] tensor for each query.
+            One [N, stop - start] tensor of logits, or one [N] of cross-entropies in nats, for each of
+            `logit_positions`.
         """
-        mask_B1LL = (document_BL[:, None, :, None] == document_BL[:, None, None, :]) if _closed(document_BL) else None
-        if active_BA is not None:
-            ids_BL, positions_BL3 = ids_BL.gather(1, active_BA), _columns(positions_BL3, active_BA)
-            coords_BL3 = None if coords_BL3 is None else _columns(coords_BL3, active_BA)
-            if mask_B1LL is not None:
-                mask_B1LL = _columns(mask_B1LL[:, 0], active_BA)[:, None]
-        cos_BL1E, sin_BL1E = rotary(positions_BL3, self._frequencies_F, self.dtype)
-        hidden_BLD = self.embed(ids_BL)
-        if self.config["coordinate_features"] and coords_BL3 is not None:
-            hidden_BLD = hidden_BLD + INITIAL_STD * fourier_features(coords_BL3, hidden_BLD, self._turns_F3)
-        for number, block in enumerate(self.layers):
-            layer = None if cache is None else (cache, number, active_BA)
-            arguments = (hidden_BLD, cos_BL1E, sin_BL1E, mask_B1LL, layer)
-            if self.gradient_checkpointing and self.training:
-                hidden_BLD = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                hidden_BLD = block(*arguments)
-        return self._logits(self.norm(hidden_BLD), queries)
+        device, compute = ids_P.device, self._compute_dtype(ids_P.device)
+        starts = document_starts.tolist()
+        lengths = [b - a for a, b in pairwise(starts)]
+        position_Q, order = torch.cat([index_N for index_N, _ in logit_positions]).sort()
+        computed, inside_Q = lengths, position_Q
+        active = None
+        if active_A is not None:
+            computed = _number_in_documents(active_A, document_starts)
+            inside_Q = torch.searchsorted(active_A, position_Q)
+            active = active_A.to(device, non_blocking=True)
+            ids_P, positions_P3 = ids_P[active], positions_P3[active]
+            coords_P3 = None if coords_P3 is None else coords_P3[active]
+        plan_of_all = plan_attention(lengths, computed, device, compute) if len(self.layers) > 1 else None
+        last_plan = plan_attention(lengths, _number_in_documents(position_Q, document_starts), device, compute)
+        row_Q = inside_Q.to(device, non_blocking=True)
 
-    def _logits(self, hidden_BLD: Tensor, queries: Sequence[tuple[Tensor, Span]]) -> list[Tensor]:
+        rope = rotary(positions_P3, self._frequencies_F, self.dtype == torch.float64)
+        hidden_AD = self.embed(ids_P)
+        if self.config["coordinate_features"] and coords_P3 is not None:
+            hidden_AD = hidden_AD + INITIAL_STD * fourier_features(coords_P3, hidden_AD, self._turns_F3)
+        for number, layer in enumerate(self.layers):
+            last = number + 1 == len(self.layers)
+            plan = last_plan if last else plan_of_all
+            assert plan is not None
+            arguments = (hidden_AD, *rope, plan, row_Q if last else None, _Kept(cache, number, active), compute)
+            if self.gradient_checkpointing and self.training:
+                hidden_AD = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                hidden_AD = layer(*arguments)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        rows = [part.to(device, non_blocking=True) for part in back.split([len(i) for i, _ in logit_positions])]
+        return self._read(self.norm(hidden_AD), rows, [span for _, span in logit_positions], targets)
+
+    def compile(self, dynamic: bool | None = True, **options: Any) -> None:
+        """Compile the layers, once for any number of tokens. Attention between documents, and what surrounds the
+        layers, change from batch to batch and are not compiled.
+
+        Args:
+            dynamic, options: of `torch.compile`.
+        """
+        for layer in self.layers:
+            layer.compile(dynamic=dynamic, **options)
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What matrices are multiplied in."""
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.dtype
+
+    def _read(
+        self, hidden_QD: Tensor, rows: Sequence[Tensor], spans: Sequence[Span], targets: Tensor | None
+    ) -> list[Tensor]:
+        """The head: logits, or cross-entropies of targets, of these rows over these spans."""
         weight = self.embed.weight if self.head is None else self.head.weight
         # One split serves all spans: its backward writes one gradient of the whole weight instead of one per span.
-        edges = sorted({0, weight.shape[0], *(edge for _, span in queries for edge in span)})
+        edges = sorted({0, weight.shape[0], *(edge for span in spans for edge in span)})
         pieces = dict(zip(edges, weight.split([b - a for a, b in pairwise(edges)]), strict=False))
-        hidden_PD = hidden_BLD.flatten(0, 1)
-        logits = []
-        for index_N, (start, stop) in queries:
-            if pieces[start].shape[0] != stop - start:
+        parts = [None] * len(rows) if targets is None else targets.split([len(row_N) for row_N in rows])
+        results = []
+        for row_N, (start, stop), target_N in zip(rows, spans, parts, strict=True):
+            weight_VD = pieces[start]
+            if len(weight_VD) != stop - start:
                 raise ValueError(f"spans overlap at {start}:{stop}")
-            logits.append(hidden_PD.index_select(0, index_N) @ pieces[start].T)
-        return logits
+            hidden_ND = hidden_QD.index_select(0, row_N)
+            if target_N is None:
+                results.append(hidden_ND @ weight_VD.T)
+            else:
+                results.append(cross_entropy(hidden_ND, weight_VD, target_N))
+        return results
+
+
+def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    """-log softmax(h Wᵀ) at the targets, nats, fp32 (fp64 for fp64 weights), [N].
+
+    Where logits would have more elements than are held at once, they are computed in chunks, and again in backward.
+    """
+    chunk = max(1, _LOGITS // len(weight_VD))
+    if len(target_N) <= chunk:
+        return _cross_entropy(hidden_ND, weight_VD, target_N)
+    parts = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
+    nats = [checkpoint(_cross_entropy, hidden, weight_VD, target, use_reentrant=False) for hidden, target in parts]
+    return torch.cat(nats)  # pyright: ignore[reportArgumentType]
+
+
+def _cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    logits_NV = hidden_ND @ weight_VD.T
+    exact = torch.promote_types(logits_NV.dtype, torch.float32)
+    return F.cross_entropy(logits_NV.to(exact), target_N, reduction="none")
+
+
+class _Kept(NamedTuple):
+    """Where a layer keeps its keys and values: the cache, the layer's number, the tokens that are computed."""
+
+    cache: KeyValueCache | None
+    number: int
+    active_A: Tensor | None
 
 
 class TransformerLayer(nn.Module):
@@ -187,15 +271,19 @@ class TransformerLayer(nn.Module):
 
     def forward(
         self,
-        hidden_BLD: Tensor,
-        cos_BL1E: Tensor,
-        sin_BL1E: Tensor,
-        mask_B1LL: Tensor | None,
-        layer: Layer | None = None,
+        hidden_AD: Tensor,
+        cos_A1E: Tensor,
+        sin_A1E: Tensor,
+        plan: AttentionPlan,
+        row_Q: Tensor | None,
+        kept: _Kept,
+        compute: torch.dtype,
     ) -> Tensor:
-        attended_BLD = self.attention(self.attention_norm(hidden_BLD), cos_BL1E, sin_BL1E, mask_B1LL, layer)
-        hidden_BLD = hidden_BLD + self.dropout(attended_BLD)
-        return hidden_BLD + self.dropout(self.mlp(self.mlp_norm(hidden_BLD)))
+        """The layer at rows `row_Q` of what is computed; None is all of them."""
+        attended_QD = self.attention(self.attention_norm(hidden_AD), cos_A1E, sin_A1E, plan, row_Q, kept, compute)
+        hidden_QD = hidden_AD if row_Q is None else hidden_AD.index_select(0, row_Q)
+        hidden_QD = hidden_QD + self.dropout(attended_QD)
+        return hidden_QD + self.dropout(self.mlp(self.mlp_norm(hidden_QD)))
 
 
 class Attention(nn.Module):
@@ -217,38 +305,32 @@ class Attention(nn.Module):
         self.key = nn.Linear(hidden_size, key_value_heads * head_size, bias=bias)
         self.value = nn.Linear(hidden_size, key_value_heads * head_size, bias=bias)
         self.output = nn.Linear(num_heads * head_size, hidden_size, bias=False)
-        self.query_norm = nn.RMSNorm(head_size, epsilon) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(head_size, epsilon) if qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(head_size, epsilon) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(head_size, epsilon) if qk_norm else nn.Identity()
 
     def forward(
         self,
-        hidden_BLD: Tensor,
-        cos_BL1E: Tensor,
-        sin_BL1E: Tensor,
-        mask_B1LL: Tensor | None,
-        layer: Layer | None = None,
+        hidden_AD: Tensor,
+        cos_A1E: Tensor,
+        sin_A1E: Tensor,
+        plan: AttentionPlan,
+        row_Q: Tensor | None,
+        kept: _Kept,
+        compute: torch.dtype,
     ) -> Tensor:
         heads = (-1, self.head_size)
-        # In the precision of the weights, also under autocast: norms and rotations need it, and on a CPU attention in
-        # bf16 takes three times as long as in fp32.
-        exact = cos_BL1E.dtype
-        query_BLHE = self.query_norm(self.query(hidden_BLD).unflatten(-1, heads).to(exact))
-        key_BLKE = self.key_norm(self.key(hidden_BLD).unflatten(-1, heads).to(exact))
-        value_BLKE = self.value(hidden_BLD).unflatten(-1, heads).to(exact)
-        query_BLHE = apply_rotary_emb(query_BLHE, cos_BL1E, sin_BL1E)
-        key_BLKE = apply_rotary_emb(key_BLKE, cos_BL1E, sin_BL1E)
-        if layer is not None:
-            cache, number, active_BA = layer
-            key_BLKE, value_BLKE = cache.all_of(number, key_BLKE, value_BLKE, active_BA)
-        with torch.autocast("cpu", enabled=False):
-            attended_BHLE = F.scaled_dot_product_attention(
-                query_BLHE.transpose(1, 2),
-                key_BLKE.transpose(1, 2),
-                value_BLKE.transpose(1, 2),
-                attn_mask=mask_B1LL,
-                enable_gqa=query_BLHE.shape[2] != key_BLKE.shape[2],
-            )
-        return self.output(attended_BHLE.transpose(1, 2).flatten(2))
+        # Norms are computed in the precision of the weights and rotations in that of the angles, also under autocast.
+        stored, exact = self.output.weight.dtype, cos_A1E.dtype
+        key_AKE = self.key_norm(self.key(hidden_AD).unflatten(-1, heads).to(stored))
+        key_AKE = apply_rotary_emb(key_AKE.to(exact), cos_A1E, sin_A1E).to(compute)
+        value_AKE = self.value(hidden_AD).unflatten(-1, heads)
+        if row_Q is not None:
+            hidden_AD, cos_A1E, sin_A1E = (x.index_select(0, row_Q) for x in (hidden_AD, cos_A1E, sin_A1E))
+        query_QHE = self.query_norm(self.query(hidden_AD).unflatten(-1, heads).to(stored))
+        query_QHE = apply_rotary_emb(query_QHE.to(exact), cos_A1E, sin_A1E).to(compute)
+        if kept.cache is not None:
+            key_AKE, value_AKE = kept.cache.write(kept.number, key_AKE, value_AKE, kept.active_A)
+        return self.output(attend(query_QHE, key_AKE, value_AKE, plan).flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -260,116 +342,10 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(hidden_BLD)) * self.up(hidden_BLD))
+    def forward(self, hidden_AD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(hidden_AD)) * self.up(hidden_AD))
 
 
-class KeyValueCache:
-    """Keys and values of an earlier pass, in which tokens stood that may since have changed: attending to them is an
-    approximation wherever attention goes both ways (Wu et al. 2025, Fast-dLLM, arXiv 2505.22618, section 3.2)."""
-
-    def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = []
-
-    def all_of(
-        self, number: int, key_BAKE: Tensor, value_BAKE: Tensor, active_BA: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a whole row, [B, L, K, E]: the cached ones with these in their places.
-
-        Without `active_BA` these are whole, and kept.
-        """
-        if active_BA is None:
-            self._layers[number:] = [(key_BAKE, value_BAKE)]
-            return key_BAKE, value_BAKE
-        key_BLKE, value_BLKE = self._layers[number]
-        index_BAKE = active_BA[:, :, None, None].expand_as(key_BAKE)
-        return key_BLKE.scatter(1, index_BAKE, key_BAKE), value_BLKE.scatter(1, index_BAKE, value_BAKE)
-
-    def select(self, row_S: Tensor) -> KeyValueCache:
-        """A cache of these rows."""
-        selected = KeyValueCache()
-        selected._layers = [(key_BLKE[row_S], value_BLKE[row_S]) for key_BLKE, value_BLKE in self._layers]
-        return selected
-
-    def update(self, row_S: Tensor, other: KeyValueCache, rows: int) -> None:
-        """Take the rows of `other` as rows `row_S` of `rows`."""
-        if not self._layers:
-            self._layers = [
-                (key.new_zeros(rows, *key.shape[1:]), value.new_zeros(rows, *value.shape[1:]))
-                for key, value in other._layers
-            ]
-        for ours, theirs in zip(self._layers, other._layers, strict=True):
-            for old_BLKE, new_SLKE in zip(ours, theirs, strict=True):
-                old_BLKE[row_S] = new_SLKE
-
-
-Layer = tuple[KeyValueCache, int, Tensor | None]  # cache, number of the block, active_BA
-
-
-def rotary_frequencies(head_size: int, theta: float) -> Tensor:
-    """θ^(-2j / E) for j < E / 2, float32 [F] (Su et al. 2021, arXiv 2104.09864, eq. 15)."""
-    return 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu").float() / head_size)
-
-
-def rotary(positions_BL3: Tensor, frequencies_F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [B, L, 1, E]: frequency j turns with the coordinate on axis j mod 3.
-
-    Angles are computed in fp32 (fp64 for an fp64 model): a bf16 position is wrong beyond 256.
-    """
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies_F = frequencies_F.to(positions_BL3.device, exact, non_blocking=True)
-    axis_F = torch.arange(len(frequencies_F), device=positions_BL3.device) % 3
-    angle_BLF = positions_BL3[..., axis_F].to(exact) * frequencies_F
-    angle_BL1E = torch.cat([angle_BLF, angle_BLF], dim=-1)[:, :, None]
-    return angle_BL1E.cos().to(dtype), angle_BL1E.sin().to(dtype)
-
-
-def wave_turns(number: int) -> Tensor:
-    """frac(j²√2, j³√3, j⁴√5), j = 1, 2, …, or less by 1 where that is one half or more: float64 [F, 3], F = number."""
-    # In 64-bit fixed point: integers wrap, which leaves the fraction exact however large j⁴ grows.
-    number_F = torch.arange(1, number + 1, device="cpu")
-    turns_F3 = torch.stack([number_F**power * _fixed_fraction_of_root(n) for power, n in ((2, 2), (3, 3), (4, 5))], -1)
-    return turns_F3.double() / 2.0**64
-
-
-def fourier_features(coords_BL3: Tensor, like_BLD: Tensor, turns_F3: Tensor) -> Tensor:
-    """√2 · (cos, sin)(coords · ω) of D / 2 plane waves, in D's type and shape; 0 where a coordinate is negative.
-
-    Fourier features (Rahimi & Recht 2007; for coordinates Tancik et al. 2020, arXiv 2006.10739). The wave vectors
-    ω = 2π frac(j²√2, j³√3, j⁴√5), j = 1, 2, …, are spread evenly and without pattern (Weyl 1916) over the whole cube
-    [0, 2π)³, so that different whole coordinates are nearly orthogonal: their cosine is about ±1/√D. Products are
-    taken one by one: as a matrix product, autocast would round them.
-
-    Args:
-        turns_F3: ω / 2π of `wave_turns(D // 2)`.
-    """
-    exact = torch.float64 if like_BLD.dtype == torch.float64 else torch.float32
-    turns_F3 = turns_F3.to(coords_BL3.device, exact, non_blocking=True)
-    turns_BLF = sum(coords_BL3[..., axis, None].to(exact) * turns_F3[:, axis] for axis in range(3))
-    phase_BLF = 2 * math.pi * torch.as_tensor(turns_BLF).frac()
-    features_BLD = torch.cat([phase_BLF.cos(), phase_BLF.sin()], dim=-1) * math.sqrt(2)
-    return features_BLD.masked_fill((coords_BL3 < 0).any(-1, keepdim=True), 0).to(like_BLD.dtype)
-
-
-def _fixed_fraction_of_root(n: int) -> int:
-    """frac(√n) in units of 2^-64, as a signed 64-bit integer: one of 2^63 and more stands for itself less one turn."""
-    fraction = math.isqrt(n << 128) % (1 << 64)
-    return fraction - (fraction >> 63 << 64)
-
-
-def _columns(x_BLX: Tensor, active_BA: Tensor) -> Tensor:
-    return x_BLX.gather(1, active_BA[:, :, None].expand(-1, -1, x_BLX.shape[2]))
-
-
-def apply_rotary_emb(x_BLHE: Tensor, cos_BL1E: Tensor, sin_BL1E: Tensor) -> Tensor:
-    """Rotate each pair (j, j + E/2) by its angle (Llama's "rotate-half" layout)."""
-    first, second = x_BLHE.chunk(2, dim=-1)
-    return x_BLHE * cos_BL1E + torch.cat([-second, first], dim=-1) * sin_BL1E
-
-
-def _closed(document_BL: Tensor) -> bool:
-    """Whether attention needs a mask. On an accelerator the answer would cost a synchronisation, and a compiled graph
-    cannot branch on it, so there it is yes."""
-    if document_BL.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    return bool((document_BL != document_BL[:, :1]).any())
+def _number_in_documents(index_Q: Tensor, document_starts: Tensor) -> list[int]:
+    """How many of the ascending positions each document has."""
+    return torch.searchsorted(index_Q, document_starts.to(index_Q.dtype)).diff().tolist()

@@ -1,5 +1,7 @@
-"""What is trained: tasks, the weighting of the loss, the loss itself."""
+"""What is trained: tasks, the objective, and noised batches."""
 
-from multidiff.objectives.diffusion import Objective, Task
+from multidiff.objectives.noising import NoisedBatch, Noising
+from multidiff.objectives.objective import Objective
+from multidiff.objectives.tasks import Task
 
-__all__ = ["Objective", "Task"]
+__all__ = ["NoisedBatch", "Noising", "Objective", "Task"]

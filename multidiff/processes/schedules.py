@@ -1,4 +1,4 @@
-"""Noise schedules: α(t), the probability that a token is still clean at noise level t in [0, 1].
+"""Noise schedules: α(t), the probability that a token is still clean at time t in [0, 1].
 
 α falls from 1 to (almost) 0. A schedule is an object with α, its derivative and its inverse; the weight of the
 continuous-time bound follows from them, w(t) = -α'(t) / (1 - α(t)) (Sahoo et al. 2024, arXiv 2406.07524, eq. 10).
@@ -40,6 +40,11 @@ class LogLinear(Schedule):
 
     Attributes:
         epsilon: share that stays clean at t = 1.
+
+    Examples:
+        >>> half = torch.tensor(0.5)
+        >>> LogLinear(epsilon=0.0).alpha(half).item(), LogLinear().weight(half).item()
+        (0.5, 2.0)
     """
 
     epsilon: float = 1e-3

@@ -85,6 +85,8 @@ def guide(conditional_MV: Tensor, nulls: Sequence[tuple[Tensor, Tensor | float]]
             stay impossible.
         nulls: log-probabilities uᵢ of the model that does not see condition i, and sᵢ: a number, or [M, 1].
     """
+    if not nulls:
+        return conditional_MV
     guided_MV = conditional_MV
     for null_MV, scale in nulls:
         guided_MV = guided_MV + (scale - 1) * (conditional_MV - null_MV)

@@ -39,22 +39,6 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
     The settings are flat, as they stand in YAML, in `samplers.json` and in `--sampler.NAME.KEY`. `config` holds them,
     and `parts` the objects that they make. The classes in `multidiff.samplers.parts` say more about each.
 
-    >>> import torch
-    >>> sampler = MaskSampler(order="left_to_right", unmasking="linear", temperature=0.0)
-    >>> generators = [torch.Generator().manual_seed(0)]
-    >>> sample_RN, levels_RN = torch.full((1, 3), 2), torch.zeros(1, 3, dtype=torch.int64)  # 3 unknown codes of 2 ids
-    >>> coords_RN3 = torch.arange(3)[None, :, None].expand(1, 3, 3)
-    >>> state = sampler.start(sample_RN, levels_RN, coords_RN3, num_inference_steps=3, generator=generators)
-    >>> for timestep in range(state.steps - 1, -1, -1):
-    ...     where_RN = sampler.needs(state)
-    ...     logits_MV = torch.tensor([[0.0, 1.0]])  # of a model; here one position is asked for at each step
-    ...     output = sampler.step(logits_MV, timestep, sample_RN, where=where_RN, state=state, generator=generators)
-    ...     sample_RN, state = output.prev_sample, output.state
-    ...     print(sample_RN.tolist())
-    [[1, 2, 2]]
-    [[1, 1, 2]]
-    [[1, 1, 1]]
-
     Args:
         order: which positions are next. By what the model thinks: "confidence", "margin", "entropy". By where they
             stand: "left_to_right" (text, sound), "row_scan", "halton" (pictures). By chance: "random".
@@ -90,6 +74,23 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
 
     Raises:
         ValueError: a setting that is out of range, or two that contradict each other; the message names them.
+
+    Examples:
+        >>> import torch
+        >>> sampler = MaskSampler(order="left_to_right", unmasking="linear", temperature=0.0)
+        >>> generators = [torch.Generator().manual_seed(0)]
+        >>> sample_RN, levels_RN = torch.full((1, 3), 2), torch.zeros(1, 3, dtype=torch.int64)  # 3 unknown codes
+        >>> coords_RN3 = torch.arange(3)[None, :, None].expand(1, 3, 3)
+        >>> state = sampler.start(sample_RN, levels_RN, coords_RN3, num_inference_steps=3, generator=generators)
+        >>> for timestep in range(state.steps - 1, -1, -1):
+        ...     where_RN = sampler.needs(state)
+        ...     logits_MV = torch.tensor([[0.0, 1.0]])  # of a model; here one position is asked for at each step
+        ...     output = sampler.step(logits_MV, timestep, sample_RN, where=where_RN, state=state, generator=generators)
+        ...     sample_RN, state = output.prev_sample, output.state
+        ...     print(sample_RN.tolist())
+        [[1, 2, 2]]
+        [[1, 1, 2]]
+        [[1, 1, 1]]
     """
 
     config_name = "sampler_config.json"

@@ -161,7 +161,7 @@ def sample_tokens(
     log_probs_MV = torch.log_softmax(logits_MV.double(), dim=-1)
     if temperature == 0:
         return Candidates(log_probs_MV.argmax(dim=-1), log_probs_MV)
-    p_MV = torch.softmax(log_probs_MV / temperature, dim=-1)
+    p_MV = log_probs_MV.exp() if temperature == 1 else torch.softmax(log_probs_MV / temperature, dim=-1)
     if top_k is not None and top_k < p_MV.shape[-1]:
         kept_Mk = p_MV.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
         p_MV = _renormalised(torch.zeros_like(p_MV).scatter(-1, kept_Mk, p_MV.gather(-1, kept_Mk)))

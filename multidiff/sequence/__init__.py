@@ -1,6 +1,19 @@
 """The shared vocabulary, segments and documents, and their layout as token batches."""
 
-from multidiff.sequence.sequencer import Document, Segment, Sequencer, TokenBatch
-from multidiff.sequence.vocabulary import SharedVocabulary
+from multidiff.sequence.batch import TokenBatch
+from multidiff.sequence.seen import SeenDocuments
+from multidiff.sequence.segments import Document, Example, Segment
+from multidiff.sequence.sequencer import MAX_CODES, Sequencer
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 
-__all__ = ["Document", "Segment", "Sequencer", "SharedVocabulary", "TokenBatch"]
+__all__ = [
+    "MASK",
+    "MAX_CODES",
+    "Document",
+    "Example",
+    "SeenDocuments",
+    "Segment",
+    "Sequencer",
+    "SharedVocabulary",
+    "TokenBatch",
+]

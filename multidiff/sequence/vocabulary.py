@@ -3,8 +3,8 @@
     <pad> <mask> <bos> | <text> </text> <image> </image> … | text | image | speech.0 | speech.1 | … padding to 64
 
 `<pad>` and `<mask>` are inputs only. `<bos>` and each tokenizer's begin and end are structure: never noised, never
-predicted. A tokenizer of variable length has one more code in each of its spans, its *stop*, after its own codes:
-that one is predicted, and says where the content ends.
+predicted. A tokenizer of variable length has one more code in each of its spans, its *EOS*, after its own codes:
+it is predicted like them, and says where the content ends.
 
 Shape suffix: N codes.
 """
@@ -50,14 +50,27 @@ class SharedVocabulary:
 
     Args:
         tokenizers: layouts by tokenizer name; the order fixes the ids.
+
+    Examples:
+        A text tokenizer of 256 codes and an EOS, and pictures of 64 codes. Seven special tokens come first:
+
+        >>> text = TokenizerLayout("bpe", "text", (256,), variable_length=True, fingerprint="0a")
+        >>> image = TokenizerLayout("vq", "image", (64,), variable_length=False, fingerprint="0b")
+        >>> vocabulary = SharedVocabulary({"text": text, "image": image})
+        >>> vocabulary.span_names
+        {'text': (7, 264), 'image': (264, 328)}
+        >>> vocabulary.to_shared("image", torch.tensor([0, 63]), levels_N=torch.tensor([0, 0])).tolist()
+        [264, 327]
     """
 
     def __init__(self, tokenizers: Mapping[str, TokenizerLayout]):
         if not tokenizers:
             raise ValueError("a vocabulary needs at least one tokenizer")
         for name in tokenizers:  # a name is a folder in a saved model, and a word on the command line
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name == "others":
-                raise ValueError(f"a tokenizer cannot be called {name!r}: letters, digits, - and _, and not 'others'")
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in ("others", "label"):
+                raise ValueError(
+                    f"a tokenizer cannot be called {name!r}: letters, digits, - and _, and not others or label"
+                )
         self.tokenizers = dict(tokenizers)
         self.begin_ids = {name: BOS + 1 + 2 * index for index, name in enumerate(self.tokenizers)}
         self.end_ids = {name: begin + 1 for name, begin in self.begin_ids.items()}
@@ -121,7 +134,7 @@ class SharedVocabulary:
         return self.tokenizers[name]
 
     def to_shared(self, name: str, local_N: Tensor, levels_N: Tensor) -> Tensor:
-        """Shared ids of local ones; a level's stop is its codebook's size.
+        """Shared ids of local ones; a level's EOS is its codebook's size.
 
         Raises:
             ValueError: an id outside its level's span.
@@ -140,9 +153,9 @@ class SharedVocabulary:
         return local_N
 
     def eos_ids(self, name: str, levels_N: Tensor) -> Tensor:
-        """Local id of the stop at each of the given levels. `ValueError` for a tokenizer of fixed length."""
+        """Local id of the EOS at each of the given levels. `ValueError` for a tokenizer of fixed length."""
         if not self.tokenizers[name].variable_length:
-            raise ValueError(f"{name} has a fixed length and no stop")
+            raise ValueError(f"{name} has a fixed length and no EOS")
         return torch.tensor(self.tokenizers[name].codebook_sizes, device=levels_N.device)[levels_N]
 
     def _tables(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""Callbacks: averaged weights, previews, the saved model folder; and how far a training has come."""
+"""Callbacks: averaged weights, previews, the saved model folder."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,34 +14,14 @@ from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch.optim.swa_utils import get_ema_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from multidiff import files
 from multidiff.seeding import generator_for
 from multidiff.tokenizer import Audio
 
 if TYPE_CHECKING:
-    from multidiff.generation.pipeline import MultiDiffPipeline
-
-
-def progress(trainer: Trainer, step: int) -> float:
-    """How far a training is on its way, 0 to 1, by whichever of the trainer's limits it is nearest to.
-
-    With `max_time` the learning rate follows the clock, so that a slower machine anneals fully as well.
-    """
-    parts = [0.0]
-    if trainer.max_steps > 0:
-        parts.append(step / trainer.max_steps)
-    if trainer.max_epochs is not None and trainer.max_epochs > 0 and np.isfinite(trainer.num_training_batches):
-        # Lightning steps at the end of every epoch, however few batches are accumulated.
-        steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        parts.append(step / max(1.0, steps))
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
-            elapsed = callback.time_elapsed()
-            # Every rank by the first one's clock: replicas that differ in learning rate drift apart.
-            parts.append(trainer.strategy.broadcast(elapsed / max(1e-9, elapsed + left)))
-    return min(1.0, max(parts))
+    from multidiff.generation import MultiDiffPipeline
 
 
 class AveragedWeights(WeightAveraging):
@@ -63,7 +42,7 @@ class AveragedWeights(WeightAveraging):
     def __init__(self, decay: float = 0.999, start_step: int = 0):
         if not 0 <= decay < 1 or start_step < 0:
             raise ValueError(f"decay {decay} must be in [0, 1), and start_step {start_step} at least 0")
-        super().__init__(avg_fn=get_ema_avg_fn(decay))
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.start_step = start_step
         self._swapped = False
 
@@ -169,12 +148,12 @@ class Previews(Callback):
     validation split with that tokenizer's segments blanked out.
 
     Args:
-        num: documents per tokenizer.
+        num_samples: documents per tokenizer.
         every_n_validations: how often.
     """
 
-    def __init__(self, num: int = 8, every_n_validations: int = 1):
-        self.num, self.every_n_validations = num, every_n_validations
+    def __init__(self, num_samples: int = 8, every_n_validations: int = 1):
+        self.num_samples, self.every_n_validations = num_samples, every_n_validations
         self._validations = 0
 
     @rank_zero_only
@@ -186,14 +165,11 @@ class Previews(Callback):
             return
         pipeline = _pipeline(trainer, pl_module)
         pipeline.set_progress_bar_config(disable=True)
-        training = pl_module.training
-        pl_module.eval()
         for name in pipeline.tokenizers:
             self._log(trainer, pipeline, name)
-        pl_module.train(training)
 
     def _log(self, trainer: Trainer, pipeline: MultiDiffPipeline, name: str) -> None:
-        from multidiff.generation.pipeline import Blank, Masked
+        from multidiff.generation import Blank, Masked
 
         documents = trainer.datamodule.documents("validation")  # pyright: ignore[reportAttributeAccessIssue]
         blanked = []
@@ -208,11 +184,11 @@ class Previews(Callback):
                         for other, code in codes
                     ]
                 )
-            if len(blanked) == self.num:
+            if len(blanked) == self.num_samples:
                 break
         if not blanked:
             return
-        generators = [generator_for(0, index) for index in range(len(blanked))]
+        generators = [generator_for(0, "previews", index) for index in range(len(blanked))]
         output = pipeline(blanked, generator=generators)
         writer, step = trainer.logger.experiment, trainer.global_step  # pyright: ignore
         for index, document in enumerate(output.documents):
@@ -232,7 +208,7 @@ def _show(writer: Any, tag: str, item: Any, tokenizer: Any, step: int) -> None:
 
 
 def _pipeline(trainer: Trainer, pl_module: Any) -> MultiDiffPipeline:
-    from multidiff.generation.pipeline import MultiDiffPipeline
+    from multidiff.generation import MultiDiffPipeline
 
     tokenizers: Mapping[str, Any] = trainer.datamodule.tokenizers  # pyright: ignore[reportAttributeAccessIssue]
     return MultiDiffPipeline.from_module(pl_module, tokenizers)

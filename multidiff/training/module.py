@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,24 +18,12 @@ from torch import Tensor, nn
 from multidiff import plugins
 from multidiff.checkpoints import KEY, build_transformer, load_samplers, pack
 from multidiff.data import DocumentDataModule
-from multidiff.objectives.diffusion import (
-    ABSENT,
-    GIVEN,
-    TARGET,
-    Objective,
-    Task,
-    corrupt,
-    corrupt_exactly,
-    draw_roles,
-    draw_times,
-    queries,
-    weighted_nats,
-)
+from multidiff.evaluation.likelihood import EvaluationBatch, likelihood, modes
+from multidiff.objectives import NoisedBatch, Noising, Objective, Task
+from multidiff.objectives.tasks import OTHERS
 from multidiff.seeding import generator_for
-from multidiff.sequence.seen import SeenDocuments
-from multidiff.sequence.sequencer import TokenBatch
-from multidiff.sequence.vocabulary import SharedVocabulary
-from multidiff.training.callbacks import progress
+from multidiff.sequence import SeenDocuments, SharedVocabulary
+from multidiff.training.progress import progress
 
 _WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 
@@ -44,9 +35,9 @@ class MaskedDiffusionModule(LightningModule):
         tokenizers: name -> {plugin: entry-point name, and its arguments or `folder: saved tokenizer`}; the order
             fixes the vocabulary.
         transformer: arguments of `MaskedDiffusionTransformer`, all but `vocabulary_rows`.
-        tasks: the task mixture; null trains every segment of every document with one noise level each.
-        objective: schedule, weighting, normalisation and loss_weights per tokenizer of the training loss.
-        optimizer: called with three parameter groups: the blocks' matrices (marked `hidden: True`), the embedding and
+        tasks: the task mixture; null trains every segment of every document with a time each.
+        objective: schedule, forward process, weighting, normalisation and loss weights of the training loss.
+        optimizer: called with three parameter groups: the layers' matrices (marked `hidden: True`), the embedding and
             the head, and vectors, which get no weight decay.
         warmup_steps: steps of linear warm-up.
         min_lr_ratio: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
@@ -72,19 +63,23 @@ class MaskedDiffusionModule(LightningModule):
         self.vocabulary = SharedVocabulary.of(built)
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
         self.transformer = build_transformer(config, "model.transformer")
-        self.transformer.initialize(generator_for(seed))
+        self.transformer.initialize(generator_for(seed, "weights"))
         # Defaults as well: a later version's may differ. Plain values: a checkpoint must load with weights_only=True.
         settings = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         del settings["vocabulary_rows"]
         self.recipe = {"tokenizers": pack(built), "transformer": settings, "samplers": samplers or {}}
         self.samplers = load_samplers(samplers or {}, self.vocabulary, "model.samplers")
-        self.tasks = [Task.of(task) for task in tasks or [{"roles": {"others": "target"}}]]
-        for name in ({name for task in self.tasks for name in task.roles} - {"others"}) | objective.loss_weights.keys():
+        self.tasks = [Task.of(task) for task in tasks or [{"roles": {OTHERS: "target"}}]]
+        self._labels = list(self.vocabulary.tokenizers)
+        self._labels += dict.fromkeys(
+            label for task in self.tasks for label in task.roles if label not in (OTHERS, *self._labels)
+        )
+        for name in objective.loss_weights:
             self.vocabulary.layout(name)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.seen: SeenDocuments | None = None
-        self._counts: list[Tensor] = []  # what the losses of this optimizer step are divided by, batch by batch
+        self._divisors: list[Tensor] = []  # what the losses of this optimizer step are divided by, batch by batch
         self._group_of = {
             name: 2 if weight.dim() < 2 else int(not name.startswith("transformer.layers."))
             for name, weight in self.named_parameters()
@@ -99,29 +94,31 @@ class MaskedDiffusionModule(LightningModule):
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
-    def forward(self, batch: TokenBatch, ids_BL: Tensor, asked: Any) -> list[Tensor]:
-        return self.transformer(ids_BL, batch.positions_BL3, batch.document_BL, asked, batch.coords_BL3)
+    def forward(self, batch: NoisedBatch) -> Tensor:
+        """Cross-entropy of each position of the loss, nats, [M]."""
+        positions = batch.logit_positions(self.vocabulary)
+        nats = self.transformer(
+            batch.ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3, batch.targets_M
+        )
+        return torch.cat(nats)
 
-    def training_step(self, batch: TokenBatch, batch_index: int) -> Tensor:
-        generator = generator_for(self.seed, self.current_epoch, batch_index, self.global_rank)
-        role_S, group_S = draw_roles(batch, self.tasks, self.vocabulary, generator)
-        t_S = draw_times(role_S, group_S, generator)
-        noise = corrupt(batch, role_S, t_S, self.objective.schedule, generator)
-        asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
-        logits = self(batch, noise.ids_BL, asked)
-        total, count = self.objective(logits, asked, batch, noise, self.vocabulary)
-        self.log("loss", (total / count.clamp_min(torch.finfo().tiny)).detach(), prog_bar=True, batch_size=1)
+    def training_step(self, batch: NoisedBatch, batch_index: int) -> Tensor:
+        nats_M = self(batch)
+        total = (nats_M * batch.loss_weights_M).sum()
+        self.log("loss", (total / batch.loss_divisor.clamp_min(1)).detach(), prog_bar=True, batch_size=1)
         # DDP takes the mean of the ranks' gradients, so the mean of their counts divides the sum of their losses.
-        self._counts.append(self.trainer.strategy.reduce(count.clone(), reduce_op="mean"))  # pyright: ignore
+        self._divisors.append(self.trainer.strategy.reduce(batch.loss_divisor.clone(), reduce_op="mean"))  # pyright: ignore
         # The counts of later batches are not known yet. `on_after_backward` scales the gradient once they are.
-        loss = total / self._counts[0].clamp_min(1)
-        bound_S = weighted_nats(logits, asked, batch, noise).detach()
-        for name, value in self._per_tokenizer(batch, bound_S, (role_S == TARGET).to(bound_S.device)).items():
-            self.log(f"train/{name}", value[0] / value[1].clamp_min(1), prog_bar=True, batch_size=1)
+        loss = total / self._divisors[0].clamp_min(1)
+        nats_T = nats_M.new_zeros(len(batch.tokens))
+        nats_T.index_add_(0, batch.tokenizer_M, (nats_M * batch.bound_weights_M).detach())
+        for place, (name, tokens) in enumerate(zip(self.vocabulary.tokenizers, batch.tokens, strict=True)):
+            if tokens:
+                self.log(f"train/{name}", nats_T[place] / tokens, prog_bar=True, batch_size=1)
         return loss
 
     def on_train_start(self) -> None:
-        self._counts.clear()
+        self._divisors.clear()
         if self.trainer.strategy.handles_gradient_accumulation and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 f"{type(self.trainer.strategy).__name__} accumulates gradients by itself, so that tokens of different "
@@ -133,61 +130,25 @@ class MaskedDiffusionModule(LightningModule):
         of their losses."""
         if self.trainer.fit_loop._should_accumulate():
             return
-        counted = torch.stack(self._counts).sum().clamp_min(torch.finfo().tiny)
-        scale = self._counts[0].clamp_min(1) * self.trainer.accumulate_grad_batches / counted
+        counted = torch.stack(self._divisors).sum().clamp_min(torch.finfo().tiny)
+        scale = self._divisors[0].clamp_min(1) * self.trainer.accumulate_grad_batches / counted
         for weight in self.parameters():
             if weight.grad is not None:
                 weight.grad.mul_(scale.to(weight.grad.dtype))
-        self._counts.clear()
-
-    def _per_tokenizer(self, batch: TokenBatch, nats_S: Tensor, where_S: Tensor) -> dict[str, Tensor]:
-        """[nats, tokens] of each tokenizer over the segments of `where_S`."""
-        return {
-            name: torch.stack([nats_S[where].sum(), batch.divisor_S[where].sum().float()])
-            for place, name in enumerate(self.vocabulary.tokenizers)
-            if bool((where := where_S & (batch.tokenizer_S == place)).any())
-        }
+        self._divisors.clear()
 
     def on_validation_epoch_start(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums = {mode: torch.zeros(2, device=self.device, dtype=torch.float64) for mode in modes(self._labels)}
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: TokenBatch, batch_index: int) -> None:
-        """Adds to the bound of each tokenizer, conditional and unconditional, and to the joint one."""
-        tokenizers = range(len(self.vocabulary.tokenizers))
-        document_S = batch.document_S
-        for index, other in ((index, other) for index in tokenizers for other in (GIVEN, ABSENT)):
-            mine_S = batch.tokenizer_S == index
-            holds_D = torch.zeros(batch.num_documents, dtype=torch.bool, device=self.device)
-            mixed_D = holds_D.clone()
-            holds_D[document_S[mine_S]] = True
-            mixed_D[document_S[~mine_S]] = True
-            # A document of this tokenizer alone has no others to be given.
-            counts_D = holds_D & mixed_D if other == GIVEN else holds_D
-            role_S = torch.where(mine_S & counts_D[document_S], TARGET, torch.where(mine_S, ABSENT, other))
-            mode = "conditional" if other == GIVEN else "unconditional"
-            self._evaluate(batch, role_S, (batch_index, index, other), mode)
-        self._evaluate(batch, torch.full_like(document_S, TARGET), (batch_index, -1, TARGET), "joint")
+    def validation_step(self, batch: EvaluationBatch, batch_index: int) -> None:
+        """Adds to the bounds of each label, conditional and unconditional, and to the joint one."""
+        for mode, sums in self._sums.items():
+            sums += torch.stack(likelihood(self.transformer, self.vocabulary, batch, mode))
 
-    def test_step(self, batch: TokenBatch, batch_index: int) -> None:
+    def test_step(self, batch: EvaluationBatch, batch_index: int) -> None:
         self.validation_step(batch, batch_index)
-
-    def _evaluate(self, batch: TokenBatch, role_S: Tensor, key: tuple[int, ...], mode: str) -> None:
-        if not bool((role_S == TARGET).any()):
-            return
-        noise = corrupt_exactly(batch, role_S, batch.document_S, generator_for(self.seed, *key, self.global_rank))
-        asked = queries(noise.predicted_BL, batch.span_BL, self.vocabulary)
-        nats_S = weighted_nats(self(batch, noise.ids_BL, asked), asked, batch, noise)
-        counted_S = (role_S == TARGET) & (batch.divisor_S > 0)  # not what stands in for documents of other ranks
-        if not bool(counted_S.any()):
-            return
-        sums = self._per_tokenizer(batch, nats_S, counted_S)
-        if mode == "joint":
-            sums = {"joint": torch.stack(list(sums.values())).sum(0)}
-        for name, value in sums.items():
-            label = "joint" if mode == "joint" else f"{name}/{mode}"
-            self._sums[label] = self._sums.get(label, torch.zeros_like(value)) + value
 
     def on_validation_epoch_end(self) -> None:
         self._log_bounds("validation")
@@ -196,17 +157,13 @@ class MaskedDiffusionModule(LightningModule):
         self._log_bounds("test")
 
     def _log_bounds(self, stage: str) -> None:
-        labels = [
-            f"{name}/{mode}" for name in self.vocabulary.tokenizers for mode in ("conditional", "unconditional")
-        ] + ["joint"]
-        for label in labels:  # the same on every rank, whatever its documents held
-            value = self._sums.get(label, torch.zeros(2, device=self.device))
-            nats, tokens = self.trainer.strategy.reduce(value, reduce_op="sum")
+        for mode, sums in self._sums.items():  # the same on every rank, whatever its documents held
+            nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
             if tokens:
-                self.log(f"{stage}/{label}", nats / tokens, prog_bar=label == "joint", rank_zero_only=True)
+                self.log(f"{stage}/{mode}", (nats / tokens).float(), prog_bar=mode == "joint", rank_zero_only=True)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The blocks' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""
+        """The layers' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""
         weights: list[list[nn.Parameter]] = [[], [], []]
         for name, weight in self.named_parameters():
             plain = _WRAPPERS.sub("", name)
@@ -230,7 +187,7 @@ class MaskedDiffusionModule(LightningModule):
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-            cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress(self.trainer, step))).item())
+            cosine = 0.5 * (1 + math.cos(math.pi * progress(self.trainer, step)))
             return warm * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -264,5 +221,17 @@ class MaskedDiffusionModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "vocabulary"):
             self.vocabulary.check(data.vocabulary, "the data module (data.init_args.tokenizers)")
-        if stage == "fit" and isinstance(data, DocumentDataModule):
-            self.seen = data.seen
+        if isinstance(data, DocumentDataModule):
+            data.collate = Noising(data.sequencer, self.tasks, self.objective, self.seed)
+            data.collate_evaluation = partial(EvaluationBatch.of, sequencer=data.sequencer, seed=self.seed)
+            if stage == "fit":
+                self.seen = data.seen
+                self._check_labels(data.labels)
+
+    def _check_labels(self, labels: Sequence[str]) -> None:
+        for label in self._labels[len(self.vocabulary.tokenizers) :]:
+            if label not in labels:
+                raise ValueError(
+                    f"A task names the label {label!r}, but no training document has a segment with it. There are "
+                    f"{', '.join(labels)}."
+                )

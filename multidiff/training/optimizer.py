@@ -88,7 +88,7 @@ class MuonAdamW(Optimizer):
         """One step of both.
 
         Args:
-            closure: computes the loss and its gradients anew.
+            closure: computes the loss and its gradients again.
         """
         loss = None
         if closure is not None:

@@ -324,7 +324,7 @@ WRONG = {
     "value": (
         [],
         ("others: target", "others: targt"),
-        f"Task: roles: expected one of ['target', 'given', 'absent'], got targt. {MODULE_HELP}",
+        f"Task: roles: expected one of ['target', 'given', 'absent', 'removed'], got targt. {MODULE_HELP}",
     ),
     "type": (["--trainer.max_steps", "few"], "", f"trainer.max_steps: expected int, got few. {HELP}"),
     "class": ([], ("MaskedDiffusionModule", "Masked"), f"has no attribute 'Masked'. {HELP}"),
@@ -356,7 +356,7 @@ def test_a_training_needs_a_configuration(capsys):
 @pytest.mark.parametrize(
     ("arguments", "explained"),
     [
-        ([], {"--model.init_args.tasks", "--data.init_args.max_eos_padding", "--data.init_args.row_length"}),
+        ([], {"--model.init_args.tasks", "--data.init_args.max_eos_padding"}),
         (["--config", "digits"], {"--model.init_args.tokenizers", "--data.init_args.on_error"}),
         (["--config", "vq_digits"], {"--model.init_args.revive_below", "--data.init_args.channels"}),
         (["--config=vq_digits"], {"--model.init_args.revive_below", "--data.init_args.channels"}),

@@ -3,6 +3,7 @@
 import torch
 
 from multidiff import MaskedDiffusionTransformer, MultiDiffPipeline, SharedVocabulary
+from multidiff.generation.requests import make_segments
 from tests.helpers.toys import generator
 
 
@@ -19,3 +20,8 @@ def make(tokenizers, samplers=None, dtype=torch.float64):
 
 def items(documents):
     return [[part.item for part in document] for document in documents]
+
+
+def batch_of(pipe, documents):
+    """The tokens of requests, as the pipeline lays them out."""
+    return pipe.sequencer.batch(make_segments(documents, pipe.sequencer, pipe.tokenizers, lambda name: {}))

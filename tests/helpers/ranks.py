@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from multidiff.data import DocumentDataModule
-from multidiff.objectives.diffusion import TARGET, Objective, _mask, draw_times
-from multidiff.seeding import generator_for
+from multidiff.data.batches import DocumentKey
+from multidiff.objectives import Noising, Objective, Task
 from multidiff.training import module as training
 from multidiff.training.optimizer import MuonAdamW
 
@@ -28,47 +28,33 @@ QUIET = {
 }
 
 
-class ByDocument(training.MaskedDiffusionModule):
-    """Noise that follows from what a document holds, so that it is the same in any batch; keeps the gradient."""
-
+class KeepsGradient(training.MaskedDiffusionModule):
     def on_before_optimizer_step(self, optimizer):
         self.gradient = torch.cat([weight.grad.flatten().clone() for weight in self.parameters()])
 
 
-def roles(batch, tasks, vocabulary, generator):
-    return torch.full_like(batch.document_S, TARGET), torch.arange(len(batch.document_S))
-
-
-def corrupt(batch, role_S, t_S, schedule, generator):
-    uniform_BL = torch.ones(batch.ids_BL.shape)
-    for row, inside in enumerate(batch.document_BL >= 0):
-        ids = batch.ids_BL[row, inside].tolist()
-        uniform_BL[row, inside] = torch.rand(len(ids), generator=generator_for(*ids))
-    return _mask(batch, role_S, (uniform_BL < 0.5) & (batch.segment_BL >= 0), torch.ones(len(role_S)))
-
-
-def gradient(documents, sequencer, normalisation, accumulate=1, **trainer):
-    """The gradient of an optimizer step over batches of documents."""
-    torch.manual_seed(0)
-    training.draw_roles, training.draw_times, training.corrupt = roles, draw_times, corrupt
-    objective = Objective(weighting="none", normalisation=normalisation, loss_weights={"text": 3.0})
-    module = ByDocument(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2}, objective=objective)
-    # A row for each document, as long as its longest: what stands beside a document makes no difference.
-    batches = [sequencer.batch(some) for some in documents]
+def gradient(examples, sequencer, normalisation, accumulate=1, **trainer):
+    """The gradient of an optimizer step over batches of examples."""
+    objective = Objective(normalisation=normalisation, loss_weights={"text": 3.0})
+    noising = Noising(sequencer, [Task({"others": "target"})], objective, seed=1)
+    module = KeepsGradient(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2}, objective=objective)
+    batches = [noising(some) for some in examples]
     fit = Trainer(max_steps=1, accumulate_grad_batches=accumulate, precision="64-true", **QUIET, **trainer)
     fit.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return module.gradient
 
 
-def documents_of(folder):
-    data = DocumentDataModule(str(folder), TOKENIZERS, row_length=None)
+def examples_of(folder):
+    """The last eight training documents."""
+    data = DocumentDataModule(str(folder), TOKENIZERS)
     documents = data.documents("train")
-    return [documents[0, index] for index in range(len(documents) - 8, len(documents))], data.sequencer
+    keys = [DocumentKey(0, place, len(documents) - 8 + place) for place in range(8)]
+    return documents.__getitems__(keys), data.sequencer
 
 
 def small_training(folder, checkpoint=None, batch_size=2, **trainer):
     """The error that ends a training on data with few documents; None where it ends well."""
-    data = DocumentDataModule(str(folder), TOKENIZERS, batch_size=batch_size, row_length=40)
+    data = DocumentDataModule(str(folder), TOKENIZERS, batch_size=batch_size)
     module = training.MaskedDiffusionModule(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
     fit = Trainer(**{**QUIET, "max_steps": 4, "num_sanity_val_steps": 0, **trainer})
     try:
@@ -100,9 +86,9 @@ def sharded_groups():
 def main(folder, ranks):
     rank = int(os.environ["LOCAL_RANK"])
     ddp = {"devices": ranks, "strategy": "ddp", "use_distributed_sampler": False}
-    documents, sequencer = documents_of(folder / "data")
+    examples, sequencer = examples_of(folder / "data")
     results = {
-        normalisation: gradient([documents[4 * rank : 4 * rank + 4]], sequencer, normalisation, **ddp).tolist()
+        normalisation: gradient([examples[4 * rank : 4 * rank + 4]], sequencer, normalisation, **ddp).tolist()
         for normalisation in ("targets", "masked")
     }
     results["one validation document"] = small_training(folder / "one", limit_val_batches=1.0, **ddp)

@@ -43,7 +43,6 @@ def config(folder, **trainer):
                 "folder": str(folder / "data"),
                 "tokenizers": "${model.init_args.tokenizers}",
                 "batch_size": 4,
-                "row_length": 40,
                 "max_eos_padding": {"text": 3},
             },
         },
@@ -59,7 +58,7 @@ def config(folder, **trainer):
                 "init_args": {"save_dir": str(folder), "name": "", "version": "log"},
             },
             "callbacks": [
-                {"class_path": "multidiff.training.Previews", "init_args": {"num": 2}},
+                {"class_path": "multidiff.training.Previews", "init_args": {"num_samples": 2}},
                 {"class_path": "multidiff.training.SaveModel", "init_args": {"folder": str(folder / "model")}},
                 {"class_path": "multidiff.training.AveragedWeights", "init_args": {"decay": 0.9}},
                 {

@@ -1,174 +1,113 @@
-"""The denoiser: positions, documents, spans."""
+"""The denoiser: documents, positions, spans, and what it computes."""
 
-import math
-from decimal import Decimal
-
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from multidiff.models.transformer import (
-    KeyValueCache,
-    MaskedDiffusionTransformer,
-    apply_rotary_emb,
-    fourier_features,
-    rotary,
-    rotary_frequencies,
-    wave_turns,
-)
-from multidiff.objectives.diffusion import queries
+from multidiff.models import MaskedDiffusionTransformer, attention
+from multidiff.models import transformer as module
+from multidiff.sequence import MASK, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
-from multidiff.sequence.vocabulary import MASK, SharedVocabulary
-from tests.helpers.toys import Frames, Grid, generator
-
-TOKENIZERS = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3))}
-VOCABULARY = SharedVocabulary.of(TOKENIZERS)
-SEQUENCER = Sequencer(TOKENIZERS, VOCABULARY)
+from tests.helpers.denoisers import PICTURE, SEQUENCER, VOCABULARY, run, segments, transformer
+from tests.helpers.largest import Largest
+from tests.helpers.toys import Grid, generator
 
 
-def transformer(**options):
-    options = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, **options}
-    model = MaskedDiffusionTransformer(VOCABULARY.rows, **options)
-    model.initialize(generator())
-    for weight in model.parameters():  # leave the small initial regime, where everything looks alike
-        weight.data.mul_(3)
-    return model.eval()
+def asked(batch, where_P=None):
+    """Every span where it is drawn from, or some of these places."""
+    where_P = torch.ones_like(batch.known_P) if where_P is None else where_P
+    spans = enumerate(VOCABULARY.flat_spans)
+    return [(torch.nonzero(where_P & (batch.span_P == index)).flatten(), span) for index, (_, _, span) in spans]
 
 
-def segments(frames, pictures):
-    speech = SEQUENCER.given("speech", TOKENIZERS["speech"].encode([[1, 2] * frames])[0])
-    picture = SEQUENCER.given("picture", TOKENIZERS["picture"].encode([[0, 1, 2, 3, 4, 0]])[0])
-    return [speech, *[picture] * pictures]
-
-
-def logits_by_document(model, documents, row_length=None):
-    batch = SEQUENCER.batch(documents, row_length)
-    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
-    logits = model(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked, batch.coords_BL3)
-    flat = batch.document_BL.flatten()
-    return [
-        [logits_NV[flat[index_N] == d] for logits_NV, (index_N, _) in zip(logits, asked, strict=True)]
+def logits_and_gradient(model, documents):
+    """By document, the logits of each span; and the gradient of their squares, all documents together."""
+    batch = SEQUENCER.batch(documents)
+    positions = asked(batch)
+    logits = run(model, batch, positions)
+    model.zero_grad()
+    sum(x.square().sum() for x in logits).backward()
+    of_documents = [
+        [
+            logits_NV.detach()[batch.document_P[index_N] == d]
+            for logits_NV, (index_N, _) in zip(logits, positions, strict=True)
+        ]
         for d in range(len(documents))
     ]
+    return of_documents, torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=2, max_size=6), st.integers(1, 70))
-def test_alone_padded_and_packed_agree(shapes, row_length):
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=2, max_size=6), st.randoms())
+def test_alone_beside_others_and_in_another_order_agree(shapes, random):
     model = transformer(num_key_value_heads=2).double()
     documents = [segments(*shape) for shape in shapes]
-    with torch.no_grad():
-        alone = [logits_by_document(model, [document])[0] for document in documents]
-        padded = logits_by_document(model, documents)
-        packed = logits_by_document(model, documents, row_length)
-    for one, two, three in zip(alone, padded, packed, strict=True):
-        for a, b, c in zip(one, two, three, strict=True):
+    order = random.sample(range(len(shapes)), len(shapes))
+    alone = [logits_and_gradient(model, [document]) for document in documents]
+    together, gradient = logits_and_gradient(model, documents)
+    shuffled, same = logits_and_gradient(model, [documents[place] for place in order])
+    for place, ((one,), _) in enumerate(alone):
+        for a, b, c in zip(one, together[place], shuffled[order.index(place)], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
             torch.testing.assert_close(a, c, rtol=0, atol=1e-12)
-
-
-def test_equal_axes_are_llamas_rotary():
-    config = LlamaConfig(hidden_size=96, num_attention_heads=4, max_position_embeddings=2048)
-    positions_BL = torch.randint(0, 2000, (2, 17), generator=generator())
-    query_BHLE = torch.randn(2, 4, 17, 24, generator=generator())
-    cos, sin = LlamaRotaryEmbedding(config)(query_BHLE, positions_BL)
-    theirs, _ = apply_rotary_pos_emb(query_BHLE, query_BHLE, cos, sin)
-    positions_BL3 = positions_BL[..., None].expand(-1, -1, 3)
-    ours = apply_rotary_emb(
-        query_BHLE.transpose(1, 2), *rotary(positions_BL3, rotary_frequencies(24, 10_000.0), torch.float32)
-    )
-    assert float((ours.transpose(1, 2) - theirs).abs().max()) == 0.0
+    scale = float(gradient.abs().max())
+    torch.testing.assert_close(sum(part for _, part in alone), gradient, rtol=0, atol=1e-12 * scale)
+    torch.testing.assert_close(same, gradient, rtol=0, atol=1e-12 * scale)
 
 
 def test_every_axis_matters_and_only_differences_do():
     model = transformer().double()
-    document = segments(3, 1)
-    batch = SEQUENCER.batch([document])
-    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
+    batch = SEQUENCER.batch([segments(3, 1)])
 
-    def run(positions_BL3):
-        with torch.no_grad():
-            return torch.cat([x.flatten() for x in model(batch.ids_BL, positions_BL3, batch.document_BL, asked)])
+    @torch.no_grad()
+    def at(positions_P3):
+        logits = model(batch.ids_P, positions_P3, batch.document_starts, asked(batch))
+        return torch.cat([x.flatten() for x in logits])
 
-    base = run(batch.positions_BL3)
-    torch.testing.assert_close(run(batch.positions_BL3 + torch.tensor([5, 9, 2])), base, rtol=0, atol=1e-12)
+    base = at(batch.positions_P3)
+    torch.testing.assert_close(at(batch.positions_P3 + torch.tensor([5, 9, 2])), base, rtol=0, atol=1e-12)
     for axis in range(3):
-        moved = batch.positions_BL3.clone()
-        moved[0, 4, axis] += 1
-        assert float((run(moved) - base).abs().max()) > 1e-6
+        moved_P3 = batch.positions_P3.clone()
+        moved_P3[4, axis] += 1
+        assert float((at(moved_P3) - base).abs().max()) > 1e-6
 
 
-def test_fourier_features_are_plane_waves():
-    coords_N3 = torch.cartesian_prod(torch.arange(9), torch.arange(8), torch.tensor([0, 1, 999]))
-    features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256), wave_turns(128))[0]
-    for wave in (1, 2, 57, 128):
-        turns_3 = [float(wave**power * Decimal(n).sqrt() % 1) for power, n in ((2, 2), (3, 3), (4, 5))]
-        angle_N = 2 * np.pi * coords_N3.numpy() @ np.array(turns_3)
-        np.testing.assert_allclose(features_ND[:, wave - 1], np.sqrt(2) * np.cos(angle_N), atol=1e-3)
-        np.testing.assert_allclose(features_ND[:, 127 + wave], np.sqrt(2) * np.sin(angle_N), atol=1e-3)
-    with torch.autocast("cpu", torch.bfloat16):  # what is trained is what is sampled with
-        assert torch.equal(
-            fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), 256), wave_turns(128))[0], features_ND
-        )
-    outside_113 = torch.tensor([[[-1, -1, -1]]])
-    assert not fourier_features(outside_113, torch.empty(1, 1, 8), wave_turns(4)).any()
-
-
-def test_wave_vectors_are_exact():
-    """Against whole numbers of any size, in units of 2^-64 turns."""
-    turns_F3 = wave_turns(5000)
-    assert turns_F3.dtype == torch.float64
-    for wave in (1, 2, 3, 57, 1448, 1449, 4999, 5000):
-        for axis, (power, n) in enumerate(((2, 2), (3, 3), (4, 5))):
-            fraction = wave**power * math.isqrt(n << 128) % (1 << 64)
-            nearest = fraction - (1 << 64) * (fraction >= 1 << 63)
-            assert turns_F3[wave - 1, axis] == nearest / 2**64
-            assert abs(float(turns_F3[wave - 1, axis])) <= 0.5
-
-
-def test_compiled_training_has_the_same_gradients():
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # PyTorch's own
+def test_compiled_training_has_the_same_gradients_and_compiles_once(monkeypatch):
     """Traced, differentiated and split, but run as it is: generating code for that takes half a minute."""
-    batch = SEQUENCER.batch([segments(2, 1), segments(1, 2)])
-    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
-    model = transformer(num_layers=1).train()
-    model.enable_gradient_checkpointing()
+    monkeypatch.setattr(attention, "_CALL", 0)  # groups, of which there is another number in every batch
+    attention._group.cache_clear()
     torch._dynamo.reset()
-    gradients = []
-    for network in (model, torch.compile(model, backend="aot_eager")):
-        model.zero_grad()
-        logits = network(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked, batch.coords_BL3)
-        sum(x.square().sum() for x in logits).backward()
+    counter = CompileCounterWithBackend("aot_eager")
+    batches = [SEQUENCER.batch([segments(frames, 1) for frames in some]) for some in ([2, 2], [1, 2, 3], [5, 0, 5, 2])]
+    gradients, counts = [], []
+    for compiled in (False, True):
+        model = transformer(num_layers=1).train()
+        model.enable_gradient_checkpointing()
+        if compiled:
+            model.compile(backend=counter)
+        for batch in batches:
+            sum(x.square().sum() for x in run(model, batch, asked(batch))).backward()
+            counts.append(counter.frame_count)
         gradients.append([weight.grad.clone() for weight in model.parameters()])
+    attention._group.cache_clear()
+    assert counts[3] > counts[2] == 0
+    assert counts[5] <= counts[3] + 2  # where two sizes happened to be equal, their difference is found later
     for eager, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * float(eager.abs().max()))
 
 
-@pytest.mark.parametrize(
-    ("axes", "width"),
-    [((1, 32, 32), 256), ((500, 2, 1), 256), ((9, 8, 7), 256), ((1, 24, 24), 8192)],
-)
-def test_fourier_features_tell_places_apart(axes, width):
-    coords_N3 = torch.cartesian_prod(*(torch.arange(size) for size in axes))
-    features_ND = fourier_features(coords_N3[None], torch.empty(1, len(coords_N3), width), wave_turns(width // 2))[0]
-    cosine_NN = features_ND @ features_ND.T / width
-    torch.testing.assert_close(cosine_NN.diagonal(), torch.ones(len(coords_N3)), atol=1e-4, rtol=0)
-    others_NN = cosine_NN - torch.eye(len(coords_N3))
-    assert float(others_NN.abs().max()) < 0.5
-    assert float(others_NN.square().mean().sqrt()) < 1.2 / math.sqrt(width)
-
-
 def test_coordinate_features_can_be_left_out():
     batch = SEQUENCER.batch([segments(2, 1)])
-    arguments = (batch.ids_BL, batch.positions_BL3, batch.document_BL, [(torch.arange(9), (9, 14))])
+    arguments = (batch.ids_P, batch.positions_P3, batch.document_starts, [(torch.arange(9), PICTURE)])
     with_them, without = transformer(), transformer(coordinate_features=False)
     (plain,) = without(*arguments)
-    assert torch.equal(without(*arguments, batch.coords_BL3)[0], plain)
+    assert torch.equal(without(*arguments, batch.coords_P3)[0], plain)
     assert torch.equal(with_them(*arguments)[0], plain)
-    assert not torch.allclose(with_them(*arguments, batch.coords_BL3)[0], plain)
+    assert not torch.allclose(with_them(*arguments, batch.coords_P3)[0], plain)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -177,36 +116,63 @@ def test_head_equals_the_full_head_cut_to_its_span(tied):
     assert (model.head is None) == tied
     batch = SEQUENCER.batch([segments(2, 1), segments(1, 2)])
     positions_N = torch.tensor([1, 5, 9])
-    arguments = (batch.ids_BL, batch.positions_BL3, batch.document_BL)
-    (full,) = model(*arguments, [(positions_N, (0, VOCABULARY.rows))])
-    parts = model(*arguments, [(positions_N, span) for _, _, span in VOCABULARY.flat_spans])
+    (full,) = run(model, batch, [(positions_N, (0, VOCABULARY.rows))])
+    parts = run(model, batch, [(positions_N, span) for _, _, span in VOCABULARY.flat_spans])
     for part, (_, _, (start, stop)) in zip(parts, VOCABULARY.flat_spans, strict=True):
         torch.testing.assert_close(part, full[:, start:stop])
     with pytest.raises(ValueError, match="spans overlap"):
-        model(*arguments, [(positions_N, (3, 9)), (positions_N, (5, 7))])
+        run(model, batch, [(positions_N, (3, 9)), (positions_N, (5, 7))])
 
 
-def test_an_empty_query_keeps_every_parameter_in_the_graph():
-    model = transformer(tie_embeddings=False)
-    batch = SEQUENCER.batch([segments(1, 1)])
+@torch.no_grad()
+def test_positions_may_be_asked_for_in_any_order_and_more_than_once():
+    model = transformer().double()
+    batch = SEQUENCER.batch([segments(2, 1), segments(1, 2)])
+    (every,) = run(model, batch, [(torch.arange(len(batch.ids_P)), PICTURE)])
+    some_N, others_N = torch.tensor([20, 3, 3, 11, 20]), torch.tensor([3, 0])
     nowhere = torch.empty(0, dtype=torch.int64)
-    logits = model(
-        batch.ids_BL, batch.positions_BL3, batch.document_BL, [(nowhere, span) for _, _, span in VOCABULARY.flat_spans]
-    )
+    logits = run(model, batch, [(some_N, PICTURE), (nowhere, (0, 3)), (others_N, PICTURE)])
+    torch.testing.assert_close(logits[0], every[some_N], rtol=0, atol=1e-12)
+    assert logits[1].shape == (0, 3)
+    torch.testing.assert_close(logits[2], every[others_N], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_empty_query_keeps_every_parameter_in_the_graph(layers):
+    model = transformer(tie_embeddings=False, num_layers=layers)
+    batch = SEQUENCER.batch([segments(1, 1)])
+    logits = run(model, batch, asked(batch, torch.zeros_like(batch.known_P)))
     sum(x.sum() for x in logits).backward()
     assert all(weight.grad is not None for weight in model.parameters())
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_last_layer_computes_only_what_is_asked_for(layers):
+    model = transformer(num_layers=layers, num_key_value_heads=2).double()
+    batch = SEQUENCER.batch([segments(2, 1), segments(0, 3), segments(4, 0)])
+    rows = [[] for _ in model.layers]
+    for seen, layer in zip(rows, model.layers, strict=True):
+        layer.mlp.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(len(inputs[0])))
+    everything = run(model, batch, [(torch.arange(len(batch.ids_P)), PICTURE)])[0]
+    some_N = torch.tensor([4, 7, 8, 50])
+    assert batch.document_P[some_N].tolist() == [0, 0, 0, 2]
+    (some,) = run(model, batch, [(some_N, PICTURE)])
+    torch.testing.assert_close(some, everything[some_N], rtol=0, atol=1e-12)
+    assert rows == [[len(batch.ids_P)] * 2] * (layers - 1) + [[len(batch.ids_P), 4]]
+    weight = torch.randn(some.shape, generator=generator(), dtype=torch.float64)
+    gradients = [torch.autograd.grad((x * weight).sum(), list(model.parameters())) for x in (some, everything[some_N])]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1, float(b.abs().max())))
+
+
 def test_gradient_checkpointing_changes_nothing():
     batch = SEQUENCER.batch([segments(2, 1)])
-    asked = queries(batch.span_BL >= 0, batch.span_BL, VOCABULARY)
     gradients = []
     for on in (False, True):
         model = transformer().double().train()
         if on:
             model.enable_gradient_checkpointing()
-        logits = model(batch.ids_BL, batch.positions_BL3, batch.document_BL, asked)
-        sum(x.square().sum() for x in logits).backward()
+        sum(x.square().sum() for x in run(model, batch, asked(batch))).backward()
         gradients.append([weight.grad for weight in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
@@ -214,12 +180,81 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_bfloat16_autocast_is_close():
     model = transformer(attention_bias=True, qk_norm=False)
+    batch = SEQUENCER.batch([segments(3, 1)])
     with torch.no_grad():
-        exact = logits_by_document(model, [segments(3, 1)])[0]
+        exact = run(model, batch, asked(batch))
         with torch.autocast("cpu", torch.bfloat16):
-            rough = logits_by_document(model, [segments(3, 1)])[0]
+            rough = run(model, batch, asked(batch))
     for a, b in zip(exact, rough, strict=True):
         assert float((a - b.float()).norm() / a.norm()) < 0.05
+
+
+# --- cross-entropies
+
+
+def masked(batch):
+    """Every third code masked: (ids_P, positions asked for, targets in their order)."""
+    where_P = (batch.span_P >= 0) & (torch.arange(len(batch.ids_P)) % 3 == 0)
+    positions = asked(batch, where_P)
+    targets = torch.cat([batch.ids_P[index_N] - start for index_N, (start, _) in positions])
+    return torch.where(where_P, MASK, batch.ids_P), positions, targets
+
+
+@pytest.mark.parametrize("elements", [None, 1, 12, 40])
+def test_cross_entropies_are_those_of_the_logits(monkeypatch, elements):
+    model = transformer().double()
+    batch = SEQUENCER.batch([segments(5, 2), segments(2, 3)])
+    ids_P, positions, targets = masked(batch)
+    arguments = (ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3)
+    logits = model(*arguments)
+    plain = [
+        -torch.log_softmax(logits_NV, -1)[torch.arange(len(logits_NV)), target_N]
+        for logits_NV, target_N in zip(logits, targets.split([len(x) for x in logits]), strict=True)
+    ]
+    if elements:
+        monkeypatch.setattr(module, "_LOGITS", elements)
+    nats = model(*arguments, targets=targets)
+    weights = torch.rand(len(targets), generator=generator(), dtype=torch.float64)
+    gradients = []
+    for one in (plain, nats):
+        assert [len(part) for part in one] == [len(index_N) for index_N, _ in positions]
+        gradients.append(torch.autograd.grad((torch.cat(one) * weights).sum(), list(model.parameters())))
+    torch.testing.assert_close(torch.cat(nats), torch.cat(plain), rtol=0, atol=1e-12)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1, float(b.abs().max())))
+
+
+def test_cross_entropies_of_half_precision_are_in_fp32():
+    model = transformer().bfloat16()
+    batch = SEQUENCER.batch([segments(5, 2)])
+    ids_P, positions, targets = masked(batch)
+    with torch.no_grad():
+        logits = model(ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3)
+        nats = model(ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3, targets=targets)
+    split = targets.split([len(x) for x in logits])
+    for logits_NV, target_N, nats_N in zip(logits, split, nats, strict=True):
+        assert nats_N.dtype == torch.float32
+        torch.testing.assert_close(nats_N, F.cross_entropy(logits_NV.float(), target_N, reduction="none"))
+
+
+def test_a_loss_holds_few_logits_at_once(monkeypatch):
+    """No tensor of all positions of the loss by the span, nor of all positions by all positions."""
+    grid = {"picture": Grid(3000, 10, 10)}
+    vocabulary = SharedVocabulary.of(grid)
+    sequencer = Sequencer(grid, vocabulary)
+    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=16, num_layers=2, num_heads=2)
+    model.initialize(generator())
+    document = [sequencer.given("picture", grid["picture"].encode([list(range(100))])[0])]
+    batch = sequencer.batch([document] * 10)
+    index_N = torch.nonzero(batch.span_P >= 0).flatten()
+    (span,) = vocabulary.spans["picture"]
+    monkeypatch.setattr(module, "_LOGITS", 60_000)
+    with Largest() as largest:
+        (nats,) = run(model, batch, [(index_N, span)], targets=batch.ids_P[index_N] - span[0])
+        nats.sum().backward()
+    scores = 10 * 2 * 103**2  # documents, heads, queries and keys of each
+    assert largest.size <= max(60_000, vocabulary.rows * 16, scores)
+    assert max(vocabulary.rows * 16, scores) < min(1000 * 3000, len(batch.ids_P) ** 2) / 4
 
 
 def test_bad_shapes():
@@ -227,34 +262,3 @@ def test_bad_shapes():
         transformer(num_heads=3)
     with pytest.raises(ValueError, match="multiple of num_key_value_heads 3"):
         transformer(num_key_value_heads=3)
-
-
-@torch.no_grad()
-def test_cached_keys_are_those_of_the_pass_that_made_them():
-    """Nothing changed since: the logits of a few columns are those of the whole pass. Something did: only its own
-    columns know."""
-    batch = SEQUENCER.batch([segments(2, 1), segments(3, 4)])
-    model = transformer()
-    shape, (start, stop) = batch.ids_BL.shape, (9, 14)
-    rows = (batch.positions_BL3, batch.document_BL)
-    everywhere = [(torch.arange(batch.ids_BL.numel()), (start, stop))]
-    cache = KeyValueCache()
-    (whole,) = model(batch.ids_BL, *rows, everywhere, batch.coords_BL3, cache)
-    active_BA = torch.tensor([[1, 4, 5], [2, 3, 3]])
-    asked = [(torch.arange(6), (start, stop))]
-    (some,) = model(batch.ids_BL, *rows, asked, batch.coords_BL3, cache, active_BA)
-    torch.testing.assert_close(
-        some.view(2, 3, -1), whole.view(*shape, -1).gather(1, active_BA[..., None].expand(2, 3, 5))
-    )
-    changed_BL = batch.ids_BL.clone()
-    changed_BL[0, 4] = MASK
-    (stale,) = model(changed_BL, *rows, asked, batch.coords_BL3, cache, torch.tensor([[1, 1, 2], [2, 3, 3]]))
-    torch.testing.assert_close(stale.view(2, 3, -1)[0, 0], whole.view(*shape, -1)[0, 1])
-    (fresh,) = model(changed_BL, *rows, asked, batch.coords_BL3, cache, active_BA)
-    assert float((fresh - some).view(2, 3, -1)[0, 0].abs().max()) > 1e-6
-    torch.testing.assert_close(fresh.view(2, 3, -1)[1], some.view(2, 3, -1)[1])
-    # Rows can be taken out and put back.
-    other = KeyValueCache()
-    other.update(torch.tensor([1, 0]), cache.select(torch.tensor([1, 0])), 2)
-    (again,) = model(changed_BL, *rows, asked, batch.coords_BL3, other, active_BA)
-    torch.testing.assert_close(again, fresh)

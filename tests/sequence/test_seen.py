@@ -11,6 +11,7 @@ from PIL import Image
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MultiDiffPipeline
 from multidiff.cli import main
 from multidiff.data import DocumentDataModule
+from multidiff.data.batches import DocumentKey
 from multidiff.generation.editing import extend
 from multidiff.seeding import generator_for
 from multidiff.sequence.seen import SeenDocuments, most_units, usual_units
@@ -120,32 +121,29 @@ def test_segments_of_training_documents_come_in_every_order(tmp_path):
     folder = folder_of(tmp_path, ["abc"] * 3)
     folder_of(tmp_path, ["abc"], split="validation")
     data = DocumentDataModule(str(folder), TOKENIZERS)
+
+    def orders_of(documents):
+        keys = [DocumentKey(epoch, 0, 0) for epoch in range(20)]
+        return {tuple(part.tokenizer for part in one.document) for one in documents.__getitems__(keys)}
+
     for split, orders in (("train", {("text", "image"), ("image", "text")}), ("validation", {("text", "image")})):
-        documents = data.documents(split)
-        found = {tuple(part.tokenizer for part in documents[epoch, 0]) for epoch in range(20)}
-        assert found == orders
+        assert orders_of(data.documents(split)) == orders
     assert data.seen.shuffled
     kept = DocumentDataModule(str(folder), TOKENIZERS, shuffle_segments=False)
-    documents = kept.documents("train")
-    assert {tuple(part.tokenizer for part in documents[epoch, 0]) for epoch in range(20)} == {("text", "image")}
+    assert orders_of(kept.documents("train")) == {("text", "image")}
     assert kept.seen.orders == (("text", "image"),)
 
 
 def test_canvases_of_training_reach_the_one_of_generation(tmp_path):
-    """Uniformly from one more than the text to the usual canvas, which nearly all texts fit."""
+    """From one more than the text to the usual canvas, which nearly all texts fit, or to a quarter more than others."""
     texts = ["a" * length for length in range(1, 21)]
     data = DocumentDataModule(str(folder_of(tmp_path, texts)), TOKENIZERS, max_seq_length=None)
     documents, usual = data.documents("train"), data.seen.canvas["text"]["tokens"]
     assert usual == 20
-    counts = Counter()
-    for epoch in range(600):
-        (text,) = (part for part in documents[epoch, 3] if part.tokenizer == "text")
-        counts[len(text)] += 1
-    assert set(counts) == set(range(5, 21))
-    expected = 600 / 16
-    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 37.7  # chi-square, 15, p = .001
-    lengths = {len(part) for epoch in range(60) for part in documents[epoch, 19] if part.tokenizer == "text"}
-    assert lengths == set(range(21, 26))
+    for index, sizes in ((3, range(5, 21)), (19, range(21, 26))):
+        keys = [DocumentKey(epoch, 0, index) for epoch in range(300)]
+        parts = [part for one in documents.__getitems__(keys) for part in one.document]
+        assert {len(part) for part in parts if part.tokenizer == "text"} == set(sizes)
     assert data.seen.sizes == {"text": {"tokens": (2, 25)}, "image": {"height": (32, 32), "width": (48, 48)}}
 
 

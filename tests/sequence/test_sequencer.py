@@ -1,12 +1,12 @@
-"""Vocabulary and sequence: ids, canvases, positions, packing."""
+"""Vocabulary and sequencer: ids, canvases, and codes to segments and back."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from multidiff.sequence.sequencer import Sequencer
+from multidiff.sequence.sequencer import MAX_CODES, Sequencer
 from multidiff.sequence.vocabulary import BOS, MASK, PAD, SharedVocabulary
 from tests.helpers.toys import Frames, Grid
 
@@ -22,8 +22,8 @@ notes = st.lists(st.integers(0, 5), max_size=7).map(lambda item: ("note", item))
 documents = st.lists(st.one_of(pictures, speech, notes), min_size=1, max_size=5)
 
 
-def segments(document, max_eos_padding=1):
-    return [SEQUENCER.given(name, TOKENIZERS[name].encode([item])[0], max_eos_padding) for name, item in document]
+def segments(document, padding=1):
+    return [SEQUENCER.given(name, TOKENIZERS[name].encode([item])[0], padding) for name, item in document]
 
 
 def test_layout():
@@ -35,8 +35,8 @@ def test_layout():
 
 
 @given(documents, st.integers(1, 4))
-def test_codes_return_unchanged(document, max_eos_padding):
-    for (name, item), segment in zip(document, segments(document, max_eos_padding), strict=True):
+def test_codes_return_unchanged(document, padding):
+    for (name, item), segment in zip(document, segments(document, padding), strict=True):
         codes = SEQUENCER.codes(segment)
         assert TOKENIZERS[name].decode([codes]) == [item]
         assert codes.size == TOKENIZERS[name].encode([item])[0].size
@@ -47,46 +47,9 @@ def test_codes_return_unchanged(document, max_eos_padding):
             assert bool(((inside_N >= start) & (inside_N < stop)).all())
 
 
-@settings(max_examples=50)
-@given(st.lists(documents, min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 60)))
-def test_a_packed_batch_holds_every_document_once(many, row_length):
-    batch = SEQUENCER.batch([segments(document) for document in many], row_length)
-    for index, document in enumerate(many):
-        alone = SEQUENCER.batch([segments(document)])
-        where_BL = batch.document_BL == index
-        assert int(where_BL.any(1).sum()) == 1
-        assert torch.equal(batch.ids_BL[where_BL], alone.ids_BL[0])
-        assert torch.equal(batch.positions_BL3[where_BL], alone.positions_BL3[0])
-        assert torch.equal(batch.coords_BL3[where_BL], alone.coords_BL3[0])
-        assert torch.equal(batch.span_BL[where_BL], alone.span_BL[0])
-    padding_BL = batch.document_BL < 0
-    assert bool((batch.ids_BL[padding_BL] == PAD).all())
-    assert bool((batch.ids_BL[~padding_BL] != PAD).all())
-    assert torch.equal(batch.segment_BL < 0, batch.span_BL < 0)
-    assert torch.equal((batch.coords_BL3 < 0).all(-1), batch.span_BL < 0)
-    assert batch.num_documents == len(many)
-
-
-def test_positions():
-    batch = SEQUENCER.batch([segments([("note", [0, 1]), ("picture", [0] * 6), ("speech", [1, 2])])])
-    positions = batch.positions_BL3[0].tolist()
-    # <bos> 0, <note> 1, two notes and a stop 2-4, </note> 5, <picture> 6, pixels from 7, its largest coordinate 2 ...
-    assert positions[:6] == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 2, 2], [4, 2, 2], [5, 5, 5]]
-    picture = positions[6:14]
-    assert picture[0] == [6, 6, 6]
-    assert picture[1:7] == [[7, 7 + row, 7 + column] for row in range(2) for column in range(3)]
-    assert picture[7] == [10, 10, 10]
-    assert batch.coords_BL3[0, 6:14].tolist() == [
-        [-1] * 3,
-        *([0, row, column] for row in range(2) for column in range(3)),
-        [-1] * 3,
-    ]
-    assert positions[14:] == [[11] * 3, [12, 12, 12], [12, 13, 12], [13, 12, 12], [13, 13, 12], [14] * 3]
-
-
 def test_ends_cut_at_level_zero():
-    segment = SEQUENCER.given("speech", TOKENIZERS["speech"].encode([[1, 1, 2, 2, 3, 0]])[0], max_eos_padding=2)
-    segment.ids_N[1] = 3  # a stop on level 1 of the first frame says nothing
+    segment = SEQUENCER.given("speech", TOKENIZERS["speech"].encode([[1, 1, 2, 2, 3, 0]])[0], padding=2)
+    segment.ids_N[1] = 3  # an EOS on level 1 of the first frame says nothing
     segment.ids_N[4] = 4  # the third frame's level 0 ends
     codes = SEQUENCER.codes(segment)
     assert codes.ids_N.tolist() == [1, 0, 2, 2]
@@ -94,13 +57,8 @@ def test_ends_cut_at_level_zero():
 
 
 def test_units():
-    given = segments([("speech", [1, 1, 2, 2]), ("note", [0]), ("picture", [0] * 6), ("speech", [])], max_eos_padding=2)
+    given = segments([("speech", [1, 1, 2, 2]), ("note", [0]), ("picture", [0] * 6), ("speech", [])], padding=2)
     assert [SEQUENCER.unit(segment) for segment in given] == [2, 1, 1, 2]
-
-
-def test_divisor_counts_codes_and_one_end():
-    batch = SEQUENCER.batch([segments([("speech", [1, 1, 2, 2]), ("picture", [0] * 6)], max_eos_padding=3)])
-    assert batch.divisor_S.tolist() == [5, 6]
 
 
 def test_bad_input():
@@ -116,8 +74,6 @@ def test_bad_input():
         VOCABULARY.to_shared("note", torch.tensor([7]), torch.tensor([0]))
     with pytest.raises(ValueError, match="outside the span of note"):
         VOCABULARY.to_local("note", torch.tensor([10]), torch.tensor([0]))
-    with pytest.raises(ValueError, match="at least one segment"):
-        SEQUENCER.batch([[]])
 
 
 @pytest.mark.parametrize(
@@ -136,6 +92,31 @@ def test_a_size_that_cannot_be_is_refused_before_a_tokenizer_sees_it(size, messa
     sequencer.canvas("picture", {"height": np.int64(3)})
     with pytest.raises(ValueError, match=rf"canvas of picture of size .*{message}"):
         sequencer.canvas("picture", size)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("speech", {"frames": 10**8}), ("note", {"frames": 10**30}), ("picture", {"height": 10**5, "width": 10**5})],
+)
+def test_a_canvas_too_large_is_refused_before_it_is_made(monkeypatch, name, size):
+    made = []
+    for kind in (Grid, Frames):
+        canvas = kind.canvas
+        monkeypatch.setattr(
+            kind, "canvas", lambda self, canvas=canvas, **size: made.append(size) or canvas(self, **size)
+        )
+    sequencer = Sequencer(TOKENIZERS, SharedVocabulary.of(TOKENIZERS))
+    with pytest.raises(ValueError, match=f"canvas of {name} of size .* codes, more than the 1,048,576"):
+        sequencer.blank(name, size)
+    assert made == [{}]
+
+
+def test_the_largest_canvas_is_made():
+    assert len(SEQUENCER.canvas("speech", {"frames": MAX_CODES // 2})) == MAX_CODES
+    with pytest.raises(ValueError, match="canvas of speech"):
+        SEQUENCER.canvas("speech", {"frames": MAX_CODES // 2 + 1})
+    with pytest.raises(ValueError, match="canvas of picture of size"):
+        SEQUENCER.canvas("picture", {"height": "many"})
 
 
 def test_vocabulary_names_the_difference():

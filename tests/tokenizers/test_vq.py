@@ -729,7 +729,7 @@ def test_a_trained_tokenizer_is_evaluated_on_a_split(command, data_folder, tmp_p
     lines = (data_folder / "metadata.jsonl").read_text().replace('"validation"', f'"{command.replace("ate", "ation")}"')
     (tmp_path / "data" / "metadata.jsonl").write_text(lines)
     if command == "test":
-        with pytest.raises(ValueError, match="no document of split validation"):
+        with pytest.raises(ValueError, match="no documents in split validation"):
             run(tmp_path / "data", tmp_path, "validate")
     run(data_folder, tmp_path)
     metrics = run(tmp_path / "data", tmp_path, command, resume=tmp_path / "last.ckpt").callback_metrics

@@ -82,7 +82,7 @@ class AtStep(Callback):
 
 
 def at_step(step, what):
-    return {"class_path": "test_continuing.AtStep", "init_args": {"step": step, "what": what}}
+    return {"class_path": "tests.training.test_checkpoints.AtStep", "init_args": {"step": step, "what": what}}
 
 
 def test_a_run_shorter_than_the_averaging_saves_what_it_trained(data, tmp_path):

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from multidiff.data import DocumentDataModule
+from multidiff.objectives import Noising, Objective, Task
 from multidiff.training import module as training
 from tests.helpers.paths import ROOT
-from tests.helpers.ranks import QUIET, TOKENIZERS, documents_of, gradient, small_training
+from tests.helpers.ranks import QUIET, TOKENIZERS, examples_of, gradient, small_training
 from tests.helpers.runs import write_folder
 
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_ranks(folder):
     """What each of two processes returned."""
-    data = DocumentDataModule(str(folder / "data"), TOKENIZERS, batch_size=2, row_length=40)
+    data = DocumentDataModule(str(folder / "data"), TOKENIZERS, batch_size=2)
     module = training.MaskedDiffusionModule(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
     trainer = Trainer(**QUIET, max_steps=3, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
@@ -64,23 +65,53 @@ def of_ranks(folder):
 
 @pytest.mark.filterwarnings("ignore:You defined a .validation_step.:UserWarning")
 @pytest.mark.parametrize("normalisation", ["targets", "masked"])
-def test_every_token_counts_the_same_in_any_layout_of_a_step(folder, of_ranks, normalisation, monkeypatch):
+def test_every_token_counts_the_same_in_any_layout_of_a_step(folder, of_ranks, normalisation):
     """Eight documents at once, four times two accumulated, a part of an accumulation, twice four on two ranks."""
-    for name in ("draw_roles", "draw_times", "corrupt"):
-        monkeypatch.setattr(training, name, getattr(training, name))  # put back what `gradient` replaces
-    documents, sequencer = documents_of(folder / "data")
-    once = gradient([documents], sequencer, normalisation)
-    pairs = [documents[start : start + 2] for start in range(0, 8, 2)]
+    examples, sequencer = examples_of(folder / "data")
+    once = gradient([examples], sequencer, normalisation)
+    pairs = [examples[start : start + 2] for start in range(0, 8, 2)]
     layouts = {
         "accumulated": gradient(pairs, sequencer, normalisation, accumulate=4),
-        "the end of an epoch": gradient([documents[:6], documents[6:]], sequencer, normalisation, accumulate=3),
+        "the end of an epoch": gradient([examples[:6], examples[6:]], sequencer, normalisation, accumulate=3),
         "ranks": torch.tensor(of_ranks[0][normalisation], dtype=torch.float64),
     }
     assert once.norm() > 0.1
     for name, layout in layouts.items():
         assert float((layout - once).norm() / once.norm()) < 1e-6, name
-    alone = gradient([documents[:4]], sequencer, normalisation)
+    alone = gradient([examples[:4]], sequencer, normalisation)
     assert float((alone - once).norm() / once.norm()) > 0.01  # the layouts could differ
+
+
+def noised(folder, rank, ranks, batch_size):
+    """What a rank's loader serves in the first two epochs: each document by itself, by its place in its epoch."""
+    data = DocumentDataModule(str(folder), TOKENIZERS, batch_size=batch_size)
+    data.rank = lambda: (rank, ranks)
+    noising = Noising(data.sequencer, [Task({"others": "target"})], Objective(), seed=1)
+    data.collate = lambda examples: [(example, noising([example])) for example in examples]
+    loader = data.train_dataloader()
+    served = [one for _ in range(2) for batch in loader for one in batch]
+    return {(example.epoch, example.position): (example, batch) for example, batch in served}
+
+
+def test_a_document_gets_the_same_noise_on_any_rank_and_in_any_batch(folder):
+    alone = noised(folder / "data", 0, 1, 6)
+    ranks = [noised(folder / "data", rank, 2, 3) for rank in range(2)]
+    assert alone.keys() == ranks[0].keys() | ranks[1].keys()
+    assert len(alone) == 48
+    assert not ranks[0].keys() & ranks[1].keys()
+    for key, (example, batch) in alone.items():
+        other, again = (ranks[0] | ranks[1])[key]
+        assert example.number == other.number
+        for name in (
+            "ids_P",
+            "positions_P3",
+            "index_M",
+            "targets_M",
+            "loss_weights_M",
+            "bound_weights_M",
+            "loss_divisor",
+        ):
+            assert torch.equal(getattr(batch, name), getattr(again, name)), name
 
 
 def test_one_validation_document_is_enough(of_ranks):

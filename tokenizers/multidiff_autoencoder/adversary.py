@@ -70,7 +70,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class Balancer(nn.Module):
-    """Balances losses by the norms of their gradients at the output, so that their scales do not matter:
+    """Balances losses by the norms of their gradients at the output, so that their scales do not matter.
 
         g = Σᵢ λᵢ / Σⱼ λⱼ · gᵢ / ⟨‖gᵢ‖⟩
 

@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from multidiff.training.callbacks import progress
 from multidiff.training.optimizer import MuonAdamW
+from multidiff.training.progress import progress
 
 
 class AutoencoderTraining(LightningModule, ABC):

@@ -55,6 +55,12 @@ class BPETokenizer(ModalityTokenizer):
     Raises:
         ValueError: the file is missing or damaged, lacks a token that it refers to, uses dropout, or does not read what
             it writes; the message names it. Also for an unknown preset, or a preset together with a file.
+
+    Examples:
+        >>> tokenizer = BPETokenizer.train(["a seven", "a two", "a seven"], vocab_size=260)
+        >>> (codes,) = tokenizer.encode(["a seven"])
+        >>> codes.size, tokenizer.decode([codes])
+        ({'tokens': 3}, ['a seven'])
     """
 
     modality = "text"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from multidiff.data.module import BatchedData, ShuffledBatches
+from multidiff.data import BatchedData, ShuffledBatches
 from multidiff.seeding import generator_for
 from multidiff_autoencoder.data import paths_of
 from multidiff_sound.sound import read_sound, to_mono

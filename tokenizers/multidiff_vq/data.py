@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from multidiff.data.module import BatchedData, EpochBatches, ShuffledBatches
+from multidiff.data import BatchedData, EpochBatches, ShuffledBatches
 from multidiff.tokenizer import ItemError
 from multidiff_autoencoder.data import paths_of
 from multidiff_vq.pictures import MODES, convert, naming_picture, read_picture, read_size, to_pixels

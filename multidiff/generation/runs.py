@@ -1,0 +1,176 @@
+"""Sampler runs: one tokenizer's unknown positions in compact tables, for its sampler.
+
+All tables are on the CPU.
+
+Shape suffixes: P tokens of the batch, S segments, R documents that have unknown codes of a tokenizer, N such codes of a
+document, U all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multidiff.samplers import Sampler, SamplerState
+from multidiff.sequence import SharedVocabulary, TokenBatch
+
+
+class Decision(NamedTuple):
+    """One entry of a document's trace.
+
+    Attributes:
+        step: at which step, from 0.
+        segment: of the document, from 0.
+        place: of the code in the segment, from 0.
+        token: local id; -1 where a decided code was masked again.
+        p: its probability under the model (guided, before temperature and truncation); NaN where masked again.
+    """
+
+    step: int
+    segment: int
+    place: int
+    token: int
+    p: float
+
+
+class SegmentFacts(NamedTuple):
+    """What runs must know of the segments of a batch besides their tokens.
+
+    Attributes:
+        inside_S: int64, how many codes of each segment an EOS cannot end.
+        unit_S: int64, how many codes each segment has in a unit (a token 1, a frame one of each level); they end
+            together.
+    """
+
+    inside_S: Tensor
+    unit_S: Tensor
+
+
+@dataclass
+class SamplerRun:
+    """One tokenizer's unknown positions: a row for each document that has any.
+
+    Attributes:
+        name, sampler: of the tokenizer.
+        scales: guidance scale by tokenizer whose given segments guide; "" for all of them together.
+        documents: of each row.
+        place_RN: place in P; 0 at padding.
+        inside_RN: where an EOS cannot be drawn: before the end of codes whose end is known. Elsewhere the sampler keeps
+            the codes of a frame together.
+        sample_RN, state: as the sampler has them.
+        fresh_R: whether the row has changed since its last forward pass.
+        where_RN: the positions whose logits the last forward pass gave.
+        block_R: the block that the row was in at its last whole forward pass; -1 before.
+    """
+
+    name: str
+    sampler: Sampler
+    scales: Mapping[str, float]
+    documents: list[int]
+    place_RN: Tensor
+    inside_RN: Tensor
+    sample_RN: Tensor
+    state: SamplerState
+    fresh_R: Tensor = field(init=False)
+    where_RN: Tensor = field(init=False)
+    block_R: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fresh_R = torch.ones(len(self.documents), dtype=torch.bool)
+        self.where_RN = torch.zeros_like(self.inside_RN)
+        self.block_R = torch.full_like(self.place_RN[:, 0], -1)
+
+    def done(self, step: int) -> bool:
+        """Whether this step would have nothing to do; only adaptive samplers end before their last step."""
+        return step >= self.state.steps or (self.sampler.is_adaptive and not bool(self.state.undecided_RN.any()))
+
+
+def make_runs(
+    batch: TokenBatch,
+    segments: SegmentFacts,
+    vocabulary: SharedVocabulary,
+    samplers: Mapping[str, Sampler],
+    generators: Sequence[torch.Generator],
+    steps: int | None = None,
+    scale: float | Mapping[str, float] | None = None,
+) -> list[SamplerRun]:
+    """The runs of a batch.
+
+    Args:
+        batch: the documents.
+        segments: of the batch.
+        vocabulary, samplers: of the tokenizers.
+        generators: one per document.
+        steps, scale: for all of them; None takes each sampler's own.
+
+    Raises:
+        ValueError: more steps than codes, steps for samplers that find their own, samplers that cannot run together.
+    """
+    runs = []
+    place_P = places(batch)
+    extent_S3 = torch.zeros(len(batch.document_S), 3, dtype=torch.int64)
+    index_P3 = batch.segment_P.clamp_min(0)[:, None].expand(-1, 3)
+    extent_S3 = extent_S3.scatter_reduce(0, index_P3, batch.coords_P3 + 1, "amax")
+    tokenizer_P = batch.spread(batch.tokenizer_S, -1)
+    document_P = batch.document_P
+    for tokenizer, (name, spans) in enumerate(vocabulary.spans.items()):
+        flat_U = torch.nonzero(~batch.known_P & (tokenizer_P == tokenizer)).flatten()
+        if not len(flat_U):
+            continue
+        sampler, varies = samplers[name], vocabulary.tokenizers[name].variable_length
+        rows, row_U, count_R = torch.unique(document_P[flat_U], return_inverse=True, return_counts=True)
+        column_U = torch.arange(len(flat_U)) - (count_R.cumsum(0) - count_R)[row_U]
+        index = (row_U, column_U)
+        place_RN = torch.zeros(len(rows), int(count_R.max()), dtype=torch.int64)
+        place_RN[index] = flat_U
+        sample_RN = torch.full_like(place_RN, -1)
+        sample_RN[index] = max(stop - start for start, stop in spans)
+        levels_RN = (batch.span_P[place_RN] - vocabulary.first_span[name]).where(sample_RN >= 0, 0)
+        segment_U = batch.segment_P[flat_U]
+        inside_RN = torch.zeros_like(sample_RN, dtype=torch.bool)
+        inside_RN[index] = (place_P[flat_U] < segments.inside_S[segment_U]) & varies
+        eos_RN = vocabulary.eos_ids(name, levels_RN).masked_fill(inside_RN, -1) if varies else None
+        frame_RN = None
+        if varies and bool((segments.unit_S[batch.tokenizer_S == tokenizer] > 1).any()):
+            unit_U = place_P[flat_U] // segments.unit_S[segment_U]
+            frame_RN = torch.full_like(place_RN, -1)
+            frame_RN[index] = torch.unique(segment_U * len(place_P) + unit_U, return_inverse=True)[1]
+        state = sampler.start(
+            sample_RN,
+            levels_RN,
+            batch.coords_P3[place_RN],
+            num_inference_steps=None if sampler.is_adaptive else steps,
+            eos_RN=eos_RN,
+            extent_RN3=extent_S3[batch.segment_P[place_RN].clamp_min(0)],
+            frame_RN=frame_RN,
+            generator=[generators[document] for document in rows.tolist()],
+        )
+        strength = sampler.guidance_scale if scale is None else scale
+        scales = strength if isinstance(strength, Mapping) else {"": strength}
+        runs.append(SamplerRun(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))
+    _check_together(runs, steps)
+    return runs
+
+
+def places(batch: TokenBatch) -> Tensor:
+    """place_P: of each code in its segment, from 0."""
+    return torch.arange(len(batch.segment_P)) - batch.spread(batch.start_S, 0)
+
+
+def _check_together(runs: Sequence[SamplerRun], steps: int | None) -> None:
+    caches = {run.name: run.sampler.cache_mode for run in runs}
+    if len(set(caches.values())) > 1:
+        said = ", ".join(f"{name}: {cache}" for name, cache in caches.items())
+        raise ValueError(f"cache must be the same for all tokenizers that are filled in together ({said})")
+    if steps is not None:
+        scheduled = [run for run in runs if not run.sampler.is_adaptive]
+        if not scheduled:
+            said = ", ".join(run.name for run in runs)
+            raise ValueError(f"num_inference_steps {steps}, but the samplers of {said} find the number themselves")
+        most = max(run.sample_RN.shape[1] for run in scheduled)
+        if all(run.state.steps < steps for run in scheduled):
+            raise ValueError(f"num_inference_steps {steps} is more than the {most} codes to fill in")

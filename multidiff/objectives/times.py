@@ -1,0 +1,50 @@
+"""Times and other uniform numbers of documents, spread evenly over those that are trained together.
+
+Independent times leave gaps by chance, which makes the loss noisy (Kingma et al. 2021, VDM, arXiv 2107.00630,
+appendix I.1). Here the numbers of the documents of an epoch are the points of a Kronecker sequence,
+
+    u = frac(offset + position · √n),
+
+in which every run of neighbours is spread evenly (Weyl 1916). The offset is uniform and follows from the seed and the
+epoch, so every number is uniform; neighbours of one epoch are not independent. A number depends on the place of its
+document in the epoch alone, not on batches or processes.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from multidiff.seeding import generator_for
+
+# The golden ratio spreads best; roots of different primes are jointly even.
+_STEPS = ((math.sqrt(5) - 1) / 2, *(math.sqrt(prime) % 1 for prime in (2, 3, 7, 11, 13, 17, 19)))
+SMALLEST = 1e-3
+
+
+def spread_uniform(seed: int, epoch: int, position: int, axis: int) -> float:
+    """The number u in [0, 1) of a document.
+
+    Args:
+        seed: of the training.
+        epoch: of the data; -1 in evaluation.
+        position: place of the document in the order of the epoch.
+        axis: numbers of different axes are independent of each other over many documents. From the ninth on, they are
+            drawn at random and not spread.
+    """
+    if axis >= len(_STEPS):
+        generator = generator_for(seed, "times", epoch, axis, position)
+        return float(torch.rand((), generator=generator, dtype=torch.float64))
+    return (_offset(seed, epoch, axis) + position * _STEPS[axis]) % 1.0
+
+
+def draw_time(seed: int, epoch: int, position: int, axis: int) -> float:
+    """A time t in [10⁻³, 1): below, the bound's weight 1/t makes gradients of rare events too large to learn from."""
+    return SMALLEST + (1 - SMALLEST) * spread_uniform(seed, epoch, position, axis)
+
+
+@lru_cache(maxsize=64)
+def _offset(seed: int, epoch: int, axis: int) -> float:
+    return float(torch.rand((), generator=generator_for(seed, "times", epoch, axis), dtype=torch.float64))

@@ -1,0 +1,223 @@
+"""The bound on the likelihood, against its definition by enumeration on a tiny model."""
+
+import itertools
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from multidiff.data import DocumentDataModule
+from multidiff.evaluation import likelihood, modes
+from multidiff.evaluation.likelihood import EvaluationBatch
+from multidiff.models import MaskedDiffusionTransformer
+from multidiff.sequence import MASK, Example, SharedVocabulary
+from multidiff.sequence.sequencer import Sequencer
+from tests.helpers.toys import Frames, Grid, generator
+
+MODULE = sys.modules["multidiff.evaluation.likelihood"]
+TOKENIZERS = {"a": Grid(3, 1, 2), "v": Frames((3,))}
+VOCABULARY = SharedVocabulary.of(TOKENIZERS)
+SEQUENCER = Sequencer(TOKENIZERS, VOCABULARY)
+MODES = ["a/conditional", "a/unconditional", "v/conditional", "v/unconditional", "joint"]
+
+
+def transformer(vocabulary=VOCABULARY):
+    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=16, num_layers=2, num_heads=2)
+    model.initialize(generator())
+    for weight in model.parameters():
+        weight.data.mul_(3)
+    return model.eval().double()
+
+
+def document(*parts, padding=1):
+    return [SEQUENCER.given(name, TOKENIZERS[name].encode([item])[0], padding, *label) for name, item, *label in parts]
+
+
+def measured(model, examples, mode, seed=0):
+    documents = EvaluationBatch.of(examples, sequencer=SEQUENCER, seed=seed)
+    nats, tokens = likelihood(model, VOCABULARY, documents, mode)
+    assert (nats.dtype, tokens.dtype) == (torch.float64, torch.float64)
+    return float(nats), float(tokens)
+
+
+def test_modes():
+    assert modes(["a", "v"]) == MODES
+
+
+def roles_of(mode, batch):
+    """The target codes and the absent ones, as places in the batch."""
+    label, _, kind = mode.partition("/")
+    names = [batch.labels[number] for number in batch.segment_P.tolist()]
+    codes = [place for place, span in enumerate(batch.span_P.tolist()) if span >= 0]
+    target = [place for place in codes if mode == "joint" or names[place] == label]
+    return target, [place for place in codes if kind == "unconditional" and place not in target]
+
+
+@torch.no_grad()
+def log_prob(model, batch, masked, place):
+    """log p(code at `place` | all that is not masked), over its span alone."""
+    ids_P = batch.ids_P.clone()
+    ids_P[list(masked)] = MASK
+    _, _, (start, stop) = VOCABULARY.flat_spans[batch.span_P[place]]
+    (logits_1V,) = model(
+        ids_P, batch.positions_P3, batch.document_starts, [(torch.tensor([place]), (start, stop))], batch.coords_P3
+    )
+    return float(torch.log_softmax(logits_1V[0], -1)[batch.ids_P[place] - start])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mean_over_all_k_and_all_masks_is_the_bound_over_all_orders(monkeypatch, mode):
+    """-log p of a code given those before it, summed over the codes, the mean over all orders of the targets."""
+    model = transformer()
+    one = document(("v", [1]), ("a", [2, 0]))  # two codes each: a note and its EOS, a picture
+    batch = SEQUENCER.batch([one])
+    target, absent = roles_of(mode, batch)
+    known = {}
+    orders = list(itertools.permutations(target))
+    exact = 0.0
+    for order in orders:
+        for number, place in enumerate(order):
+            masked = (*sorted(order[number:]), *absent)
+            if (masked, place) not in known:
+                known[masked, place] = log_prob(model, batch, masked, place)
+            exact -= known[masked, place] / len(orders)
+    length = len(target)
+    mean = 0.0
+    for k in range(1, length + 1):
+        monkeypatch.setattr(MODULE, "spread_uniform", lambda *_, k=k: (k - 0.5) / length)
+        subsets = list(itertools.combinations(range(length), k))
+        for subset in subsets:
+            rest = [place for place in range(length) if place not in subset]
+            monkeypatch.setattr(
+                torch, "randperm", lambda *_, subset=subset, rest=rest, **__: torch.tensor([*subset, *rest])
+            )
+            nats, tokens = measured(model, [Example(one, -1, 0, 0)], mode)
+            mean += nats / len(subsets) / length
+    assert mean == pytest.approx(exact, rel=1e-12)
+    assert tokens == length
+
+
+def test_k_is_uniform_and_so_are_the_masks_of_k():
+    """k is spread evenly; for the masks chi-square with 5 degrees of freedom: above 20.5 once in 1,000 times."""
+    count = 4000
+    batch = SEQUENCER.batch([document(("v", [1]), ("a", [2, 0]))] * count)
+    documents = EvaluationBatch(batch, range(count), [True] * count, seed=3)
+    masked_P, weight_D = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint")
+    masked_DL = masked_P[batch.span_P >= 0].view(count, 4)
+    k_D = masked_DL.sum(1)
+    assert torch.equal(weight_D, 4 / k_D.double())
+    assert float((torch.bincount(k_D, minlength=5)[1:] - count / 4).abs().max()) <= 3  # spread, not by chance
+    pairs = torch.bincount((masked_DL[k_D == 2] * torch.tensor([1, 2, 4, 8])).sum(1), minlength=16)
+    cells = pairs[[3, 5, 6, 9, 10, 12]].double()
+    assert cells.sum() == pairs.sum()
+    expected = cells.sum() / 6
+    assert float(((cells - expected) ** 2 / expected).sum()) < 20.5
+
+
+def test_a_model_that_knows_measures_the_joint():
+    """Two copied segments of eight equal bits: the joint is log 2, each given the other 0, each alone log 2."""
+    tokenizers = {"a": Grid(2, 1, 8), "b": Grid(2, 1, 8)}
+    vocabulary = SharedVocabulary.of(tokenizers)
+    sequencer = Sequencer(tokenizers, vocabulary)
+    count = 3000
+
+    class Knowing:
+        device = torch.device("cpu")
+
+        def __call__(self, ids_P, positions_P3, starts, positions, coords_P3, targets):
+            blind_D = (ids_P == MASK).view(count, -1).sum(1) == 16  # half and half where all is masked, else certain
+            width = len(ids_P) // count
+            return [torch.where(blind_D[index_N // width], math.log(2), 0.0) for index_N, _ in positions]
+
+    codes = [tokenizers["a"].encode([[bit] * 8])[0] for bit in (0, 1)]
+    examples = [
+        Example([sequencer.given(name, codes[number % 2]) for name in "ab"], -1, number, number)
+        for number in range(count)
+    ]
+    documents = EvaluationBatch.of(examples, sequencer=sequencer, seed=0)
+    for mode, each in (("joint", math.log(2)), ("a/conditional", 0.0), ("b/unconditional", math.log(2))):
+        nats, tokens = likelihood(Knowing(), vocabulary, documents, mode)
+        assert tokens == count * (16 if mode == "joint" else 8)
+        # Only k = L has any loss, of weight 1, and k is spread evenly over the documents.
+        assert float(nats) / count == pytest.approx(each, abs=0.01)
+
+
+LABELLED = [
+    document(("v", [1, 2], "question"), ("a", [2, 0]), ("v", [0], "answer")),
+    document(("v", []), padding=4),
+    document(("a", [0, 1]), ("v", [2, 2, 1])),
+    document(("v", [0, 0], "answer"), ("v", [1], "answer"), ("v", [1], "question"), padding=2),
+    document(("a", [1, 1])),
+]
+ALL_MODES = modes(["a", "v", "question", "answer"])
+
+
+def test_a_document_counts_the_same_in_any_batch():
+    model = transformer()
+    examples = [Example(one, -1, number, number) for number, one in enumerate(LABELLED)]
+    for mode in ALL_MODES:
+        alone = [measured(model, [example], mode) for example in examples]
+        for some in (examples, examples[::-1], examples[1:4]):
+            nats, tokens = measured(model, some, mode)
+            assert nats == pytest.approx(sum(alone[example.number][0] for example in some), rel=1e-12, abs=1e-12)
+            assert tokens == sum(alone[example.number][1] for example in some)
+        stands_in = [example._replace(counts=example.number != 2) for example in examples]
+        nats, tokens = measured(model, stands_in, mode)
+        assert nats == pytest.approx(sum(nats for nats, _ in alone) - alone[2][0], rel=1e-12, abs=1e-12)
+        assert tokens == sum(tokens for _, tokens in alone) - alone[2][1]
+
+
+def test_tokens_are_codes_and_one_end_of_what_is_measured():
+    model = transformer()
+    examples = [Example(one, -1, number, number) for number, one in enumerate(LABELLED)]
+    tokens = {mode: [measured(model, [example], mode)[1] for example in examples] for mode in ALL_MODES}
+    assert tokens["joint"] == [7, 1, 6, 7, 2]
+    assert tokens["answer/unconditional"] == [2, 0, 0, 5, 0]
+    assert tokens["answer/conditional"] == [2, 0, 0, 5, 0]
+    assert tokens["v/unconditional"] == [0, 1, 4, 0, 0]
+    assert tokens["v/conditional"] == [0, 0, 4, 0, 0]  # given nothing is not conditional
+    assert tokens["a/conditional"] == [2, 0, 2, 0, 0]
+    assert tokens["a/unconditional"] == [2, 0, 2, 0, 2]
+
+
+def test_what_is_absent_does_not_matter_and_what_is_given_does():
+    model = transformer()
+    one, other = (document(("v", [1, 2]), ("a", codes)) for codes in ([2, 0], [0, 1]))
+    values = {
+        mode: [measured(model, [Example(some, -1, 0, 0)], mode)[0] for some in (one, other)]
+        for mode in ("v/unconditional", "v/conditional")
+    }
+    assert values["v/unconditional"][0] == values["v/unconditional"][1]
+    assert abs(values["v/conditional"][0] - values["v/conditional"][1]) > 1e-6
+
+
+def test_every_number_of_ranks_measures_the_same(tmp_path):
+    """Five documents on two ranks: one stands in, and counts for nothing."""
+    texts = ["a", "bcd", "ef", "", "ghij"]
+    rows = [{"split": "validation", "segments": [{"text": text}, {"shout": text.upper()}]} for text in texts]
+    rows.append({"segments": [{"text": "x"}, {"shout": "X"}]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizers = {name: {"plugin": "bpe", "preset": "bytes"} for name in ("text", "shout")}
+    served = {}
+    for ranks in (1, 2, 3):
+        served[ranks] = []
+        for rank in range(ranks):
+            data = DocumentDataModule(str(tmp_path), tokenizers, batch_size=2)
+            data.rank = lambda place=(rank, ranks): place
+            data.collate_evaluation = lambda examples, data=data: EvaluationBatch.of(
+                examples, sequencer=data.sequencer, seed=0
+            )
+            batches = list(data.val_dataloader())
+            assert len(batches) == {1: 3, 2: 2, 3: 1}[ranks]  # as many for every rank
+            served[ranks] += batches
+    model = transformer(data.vocabulary)
+    for mode in ("joint", "text/conditional"):
+        sums = [
+            torch.stack([torch.stack(likelihood(model, data.vocabulary, batch, mode)) for batch in batches]).sum(0)
+            for batches in served.values()
+        ]
+        assert float(sums[0][1]) == 15 * (1 + (mode == "joint"))
+        for other in sums[1:]:
+            torch.testing.assert_close(other, sums[0], rtol=1e-12, atol=0)

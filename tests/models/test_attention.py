@@ -1,0 +1,171 @@
+"""Attention within documents, against a softmax over all keys under a mask of documents."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multidiff.models import attention
+from multidiff.models.attention import attend, plan_attention
+from tests.helpers.largest import Largest
+from tests.helpers.toys import generator
+
+CPU = torch.device("cpu")
+# Costs under which every size of document is a group of its own, all documents are one group, and the usual ones.
+COSTS = {"apart": (0, 10**9), "together": (10**9, 0), "usual": (attention._CALL, attention._TOKEN)}
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    def set_to(name):
+        for constant, value in zip(("_CALL", "_TOKEN"), COSTS[name], strict=True):
+            monkeypatch.setattr(attention, constant, value)
+        attention._group.cache_clear()
+
+    yield set_to
+    attention._group.cache_clear()
+
+
+def dense(query_QHE, key_PKE, value_PKE, document_Q, document_P):
+    repeats = query_QHE.shape[1] // key_PKE.shape[1]
+    head_H = torch.arange(query_QHE.shape[1]) // repeats
+    scores_HQP = torch.einsum("qhe,phe->hqp", query_QHE, key_PKE[:, head_H]) / math.sqrt(query_QHE.shape[-1])
+    scores_HQP = scores_HQP.masked_fill(document_Q[:, None] != document_P, -math.inf)
+    return torch.einsum("hqp,phe->qhe", scores_HQP.softmax(-1), value_PKE[:, head_H])
+
+
+def tensors(keys, queries, heads=4, kv_heads=2, size=6, dtype=torch.float64, seed=0):
+    drawn = generator(seed)
+    shapes = [(sum(queries), heads, size), (sum(keys), kv_heads, size), (sum(keys), kv_heads, size)]
+    made = [torch.randn(shape, generator=drawn, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    numbers = torch.arange(len(keys))
+    return made, numbers.repeat_interleave(torch.tensor(queries)), numbers.repeat_interleave(torch.tensor(keys))
+
+
+def check(keys, queries, kv_heads=2, seed=0):
+    """Forward and gradients agree with the dense ones."""
+    made, document_Q, document_P = tensors(keys, queries, kv_heads=kv_heads, seed=seed)
+    plan = plan_attention(keys, queries, CPU, torch.float64)
+    ours, theirs = attend(*made, plan), dense(*made, document_Q, document_P)
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    weight = torch.randn(ours.shape, generator=generator(seed + 1), dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), made) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    return plan
+
+
+sizes = st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_attention_is_the_softmax_over_the_keys_of_a_document(costs, name):
+    costs(name)
+
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(sizes, st.sampled_from([1, 2, 4]), st.integers(0, 99))
+    def agrees(documents, kv_heads, seed):
+        keys = [count for count, _ in documents]
+        queries = [round(count * share) for count, share in documents]  # of some none, of some all
+        check(keys, queries, kv_heads, seed)
+
+    agrees()
+
+
+LAYOUTS = {
+    # keys, queries, costs: documents of each group, groups with a mask, whether keys and queries are views
+    "equal": ([5] * 4, [5] * 4, "usual", [4], 0, True, True),
+    "equal, few queries": ([5] * 4, [2] * 4, "usual", [4], 0, True, True),
+    "equal, runs of each size": ([5, 5, 3, 3], [5, 5, 3, 3], "apart", [2, 2], 0, True, True),
+    "equal, mixed": ([5, 3, 5, 3], [5, 3, 5, 3], "apart", [2, 2], 0, False, False),
+    "unequal": ([5, 3, 4, 4], [5, 3, 4, 4], "together", [4], 1, False, False),
+    "unequal queries of equal keys": ([5] * 4, [5, 1, 2, 5], "together", [4], 0, True, False),
+    "equal queries of unequal keys": ([5, 3, 4, 6], [2] * 4, "together", [4], 1, False, True),
+    "none in the middle": ([5, 5, 5], [5, 0, 5], "together", [2], 0, False, False),
+    "none at the ends": ([2, 5, 5, 7], [0, 5, 5, 0], "together", [2], 0, True, True),
+    "none but one": ([2, 5, 3], [0, 3, 0], "usual", [1], 0, True, True),
+    "padded, none in the middle": ([5, 7, 4, 2], [3, 0, 4, 2], "together", [3], 1, False, False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_groups_are_views_where_they_can_be_and_padded_else(costs, layout):
+    keys, queries, name, documents, masked, key_view, query_view = LAYOUTS[layout]
+    costs(name)
+    plan = check(keys, queries)
+    assert plan.documents == documents
+    assert sum(mask is not None for mask in plan.masks) == masked
+    assert (plan.keys.rows is None, plan.queries.rows is None) == (key_view, query_view)
+
+
+def test_without_any_query_keys_and_values_stay_in_the_graph():
+    made, _, _ = tensors([3, 2], [0, 0])
+    answer = attend(*made, plan_attention([3, 2], [0, 0], CPU, torch.float64))
+    assert answer.shape == (0, 4, 6)
+    assert [gradient.shape for gradient in torch.autograd.grad(answer.sum(), made)] == [part.shape for part in made]
+
+
+@pytest.mark.parametrize("name", ["apart", "together"])
+def test_gradients_are_those_of_differences(costs, name):
+    costs(name)
+    keys, queries = [3, 1, 2], [2, 0, 2]
+    made, _, _ = tensors(keys, queries, heads=2, kv_heads=1, size=2)
+    plan = plan_attention(keys, queries, CPU, torch.float64)
+    assert torch.autograd.gradcheck(lambda *some: attend(*some, plan), made)
+
+
+@pytest.mark.parametrize("scores", [attention._SCORES, 0])  # by matrix products, and by the fused kernel
+@pytest.mark.parametrize("name", ["apart", "together"])
+def test_half_precision_is_close(costs, monkeypatch, name, scores):
+    costs(name)
+    monkeypatch.setattr(attention, "_SCORES", scores)
+    keys, queries = [9, 4, 9, 30], [9, 4, 1, 12]
+    made, document_Q, document_P = tensors(keys, queries, size=16, dtype=torch.bfloat16)
+    ours = attend(*made, plan_attention(keys, queries, CPU, torch.float64))
+    exact = [part.detach().double().requires_grad_() for part in made]
+    theirs = dense(*exact, document_Q, document_P)
+    assert ours.dtype == torch.bfloat16
+    assert float((ours - theirs).detach().norm() / theirs.detach().norm()) < 0.01
+    weight = torch.randn(ours.shape, generator=generator(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((ours.double() * weight).sum(), made)
+    for a, b in zip(gradients, torch.autograd.grad((theirs * weight).sum(), exact), strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.02
+
+
+def test_no_tensor_of_positions_by_positions():
+    keys = [20, 21, 22, 23] * 12
+    made, _, _ = tensors(keys, keys)
+    plan = plan_attention(keys, keys, CPU, torch.float64)
+    with Largest() as largest:
+        attend(*made, plan).sum().backward()
+    assert largest.size <= 4 * len(keys) * 23**2  # heads, documents, queries and keys of each
+    assert 4 * len(keys) * 23**2 < 4 * sum(keys) ** 2 / 40
+
+
+def test_groups_cost_no_more_than_any_division_of_the_sorted_documents():
+    """The dynamic program against all divisions, by the same estimate."""
+    drawn = generator(5)
+    for _ in range(20):
+        keys = torch.randint(1, 400, (6,), generator=drawn).tolist()
+        queries = [max(1, count // int(torch.randint(1, 4, (), generator=drawn))) for count in keys]
+
+        def cost(groups, keys=keys, queries=queries):
+            total = 0
+            for group in groups:
+                kinds = {(keys[i], queries[i]) for i in group}
+                longest, most = max(keys[i] for i in group), max(queries[i] for i in group)
+                total += attention._CALL + len(group) * longest * most
+                total += attention._TOKEN * len(group) * (longest + most) * (len(kinds) > 1)
+            return total
+
+        order = sorted(range(6), key=lambda i: (keys[i], queries[i], i))
+        divisions = []
+        for cuts in range(2**5):
+            edges = [0, *(i + 1 for i in range(5) if cuts >> i & 1), 6]
+            divisions.append([order[a:b] for a, b in pairwise(edges)])
+        found = attention._group(tuple(zip(keys, queries, strict=True)), attention._CALL)
+        assert sorted(i for group in found for i in group) == list(range(6))
+        assert cost(found) == min(map(cost, divisions))
