@@ -16,9 +16,9 @@ def main() -> None:
     parser.add_argument(
         "--num-augmentations", type=int, default=2, help="moved copies of each picture and clip trained on"
     )
-    parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
+    parser.add_argument("--force", action="store_true", help="Make it again even if it is there.")
     arguments = parser.parse_args()
-    # Here, not above: every process that speaks imports this file anew, and needs no torch.
+    # Here, not above: every process that speaks imports this file again, and needs no torch.
     from demo.digits import prepare
 
     try:

@@ -13,9 +13,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/data"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="decides moves, captions, voices and order")
     parser.add_argument("--pictures", type=int, default=64, help="of each emoji to train on, each moved its own way")
-    parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
+    parser.add_argument("--force", action="store_true", help="Make it again even if it is there.")
     arguments = parser.parse_args()
-    # Here, not above: every process that speaks imports this file anew, and needs no torch.
+    # Here, not above: every process that speaks imports this file again, and needs no torch.
     from demo.emoji import prepare
 
     try:

@@ -23,7 +23,7 @@ def main() -> None:
         "--num-augmentations", type=int, default=12, help="moved drawings of each to train on (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides what is held out, and moves (default: 0)")
-    parser.add_argument("--force", action="store_true", help="make it anew even if it is there")
+    parser.add_argument("--force", action="store_true", help="Make it again even if it is there.")
     options = vars(parser.parse_args())
     try:
         print(prepare(**options))

@@ -1,0 +1,1 @@
+"""Benchmarks, a module each; `scripts/benchmark.py` runs them."""
