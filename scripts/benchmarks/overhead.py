@@ -1,4 +1,8 @@
-"""What a step costs with Lightning, its callbacks, logging and loader, beside a bare step on batches that are ready."""
+"""What a step costs with Lightning, its callbacks, logging and loader, beside a bare step on batches that are ready.
+
+Bare steps come after Lightning's on the same batches. In bf16 on a CPU that spares them the preparation of matrix
+products for new shapes, which then counts as overhead.
+"""
 
 import argparse
 import copy
@@ -81,5 +85,5 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_parsers(commands: Any) -> None:
     """The command `overhead`."""
     parser = commands.add_parser("overhead", help="a step with Lightning beside a bare one")
-    parser.add_argument("training", nargs=argparse.REMAINDER, help="what follows `multidiff fit`")
+    parser.add_argument("training", nargs="*", help="what follows `multidiff fit`, after --")
     parser.set_defaults(run=overhead)
