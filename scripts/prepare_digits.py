@@ -24,8 +24,8 @@ def main() -> None:
     try:
         settings = {
             "seed": arguments.seed,
-            "num": arguments.num_samples,
-            "moved": arguments.num_augmentations,
+            "num_samples": arguments.num_samples,
+            "num_augmentations": arguments.num_augmentations,
             "force": arguments.force,
         }
         print(prepare(arguments.output, **settings))

@@ -73,9 +73,8 @@ def likelihood(
         return torch.zeros_like(tokens), tokens
     masked_P, weight_D = _mask_exactly(documents, batch.spread(target_S, False), mode)
     ids_P = torch.where(masked_P | batch.spread(absent_S, False), MASK, batch.ids_P)
-    index_M, sizes = by_span(masked_P, batch, len(vocabulary.flat_spans))
+    index_M, sizes = batch.by_span(masked_P, len(vocabulary.flat_spans))
     spans = [span for _, _, span in vocabulary.flat_spans]
-    starts = torch.tensor([start for start, _ in spans])
     device = model.device
     with torch.no_grad():
         nats = model(
@@ -84,18 +83,11 @@ def likelihood(
             batch.document_starts,
             list(zip(index_M.split(sizes), spans, strict=True)),
             batch.coords_P3.to(device),
-            targets=(batch.ids_P[index_M] - starts[batch.span_P[index_M]]).to(device),
+            targets=(batch.ids_P[index_M] - vocabulary.span_starts[batch.span_P[index_M]]).to(device),
         )
     segment_M = batch.segment_P[index_M]
     weight_M = torch.where(counted_S[segment_M], weight_D[batch.document_S[segment_M]], 0.0)
     return (torch.cat(nats).double() * weight_M.to(device)).sum(), tokens
-
-
-def by_span(where_P: Tensor, batch: TokenBatch, spans: int) -> tuple[Tensor, list[int]]:
-    """The places of a mask ordered by span, and how many each of the vocabulary's spans has."""
-    place_M = torch.nonzero(where_P).flatten()
-    span_M = batch.span_P[place_M]
-    return place_M[torch.argsort(span_M, stable=True)], torch.bincount(span_M, minlength=spans).tolist()
 
 
 def _roles(batch: TokenBatch, mode: str) -> tuple[Tensor, Tensor]:

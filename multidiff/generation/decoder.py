@@ -63,6 +63,8 @@ class Decoder:
         self.history: list[list[Decision]] | None = [[] for _ in self.nfe] if trace else None
         self.steps = max(run.state.steps for run in runs)
         document_P = batch.document_P
+        first_D = torch.searchsorted(batch.document_S, torch.arange(batch.num_documents))
+        self._segment_P, self._place_P = batch.segment_P - first_D[document_P], places(batch)  # in document and segment
         self._guided = {key: set(document_P[null_P].tolist()) for key, null_P in nulls.items()}
         self._values: dict[str, list[Tensor]] = {}  # logits of the last pass: of the condition, then of each null
         self._needed_last: dict[int, set[str]] = {}  # the nulls that each document's logits are for
@@ -182,9 +184,7 @@ class Decoder:
         at_C, token_C, p_C = run.place_RN[changed_RN], run.sample_RN[changed_RN], run.state.probs_RN[changed_RN]
         row_C = torch.nonzero(changed_RN)[:, 0]
         token_C = token_C.masked_fill(token_C == run.state.mask_token_id, -1)
-        first_D = torch.searchsorted(self.batch.document_S, torch.arange(self.batch.num_documents))
-        segment_C = self.batch.segment_P[at_C] - first_D[self.batch.document_P[at_C]]
-        columns = (row_C, segment_C, places(self.batch)[at_C], token_C, p_C)
+        columns = (row_C, self._segment_P[at_C], self._place_P[at_C], token_C, p_C)
         for row, segment, place, token, p in zip(*(column.tolist() for column in columns), strict=True):
             history[run.documents[row]].append(Decision(step, segment, place, token, p))
 

@@ -286,7 +286,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         self,
         documents: Sequence[Sequence[Request]],
         filled: Sequence[Sequence[Segment]],
-        p: Sequence[Tensor],
+        probs: Sequence[Tensor],
     ) -> list[list[Filled]]:
         codes = [[self.sequencer.codes(segment) for segment in document] for document in filled]
         made = [
@@ -300,14 +300,14 @@ class MultiDiffPipeline(DiffusionPipeline):
             places = [(row, column) for row, column in made if documents[row][column].tokenizer == name]
             decoded = tokenizer.decode([codes[row][column] for row, column in places]) if places else []
             items |= dict(zip(places, decoded, strict=True))
-        parts, p_of = [], iter(p)
+        parts, probs_of = [], iter(probs)
         for row, document in enumerate(documents):
             parts.append([])
             for column, part in enumerate(document):
                 item = part.item if isinstance(part, Given) else items[row, column]
                 code = codes[row][column]
                 given = isinstance(part, Given)
-                parts[-1].append(Filled(part.tokenizer, item, code, next(p_of)[: len(code)], given))
+                parts[-1].append(Filled(part.tokenizer, item, code, next(probs_of)[: len(code)], given))
         return parts
 
     def save_pretrained(

@@ -265,7 +265,8 @@ def _costs(
     stop: int,
     call: int,
 ) -> Iterator[tuple[float, int]]:
-    documents = tokens = keys = queries = 0
+    """Cost of the best division of the kinds before `stop` whose last group begins at each start, and that start."""
+    documents = needed = keys = queries = 0
     for start in range(stop - 1, -1, -1):
         of_key, of_query = sizes[kinds[start][0]]
         documents += len(kinds[start])
@@ -273,7 +274,8 @@ def _costs(
         work = documents * keys * queries
         moved = _TOKEN * documents * (keys + queries) if stop - start > 1 else 0
         yield best[start][0] + call + work + moved, start
-        if work > 4 * (tokens := tokens + len(kinds[start]) * of_key * of_query) + 4 * call:
+        needed += len(kinds[start]) * of_key * of_query
+        if work > 4 * (needed + call):
             return  # shorter documents only add to what is wasted
 
 

@@ -167,12 +167,8 @@ class Noising:
         bound_weight_S: Tensor,
     ) -> NoisedBatch:
         vocabulary, objective = self.sequencer.vocabulary, self.objective
-        position_M = torch.nonzero(predicted_P).flatten()
-        span_M = batch.span_P[position_M]
-        order_M = torch.argsort(span_M, stable=True)
-        index_M, span_M = position_M[order_M], span_M[order_M]
+        index_M, sizes = batch.by_span(predicted_P, len(vocabulary.flat_spans))
         segment_M = batch.segment_P[index_M]
-        starts = torch.tensor([start for _, _, (start, _) in vocabulary.flat_spans])
         weights_T = objective.weights(vocabulary)
         tokenizer_M = batch.tokenizer_S[segment_M]
         bound_M = bound_weight_S[segment_M]
@@ -187,8 +183,8 @@ class Noising:
             coords_P3=batch.coords_P3,
             document_starts=batch.document_starts,
             index_M=index_M,
-            sizes=torch.bincount(span_M, minlength=len(starts)).tolist(),
-            targets_M=batch.ids_P[index_M] - starts[span_M],
+            sizes=sizes,
+            targets_M=batch.ids_P[index_M] - vocabulary.span_starts[batch.span_P[index_M]],
             loss_weights_M=loss_M.float(),
             bound_weights_M=bound_M.float(),
             tokenizer_M=tokenizer_M,

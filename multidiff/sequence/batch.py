@@ -11,7 +11,8 @@ token starts at 1 + the largest coordinate used so far, on all axes.
 What a segment adds depends on its tokenizer and the size of its canvas, apart from its ids and the place where it
 begins. A `Layout` holds that part; `multidiff.sequence.Sequencer` keeps one for each size.
 
-Shape suffixes: P tokens of a batch, N codes of a segment, T = N + 2 its tokens, S segments, D documents, 3 axes.
+Shape suffixes: P tokens of a batch, M some of them, N codes of a segment, T = N + 2 its tokens, S segments,
+D documents, 3 axes.
 """
 
 from __future__ import annotations
@@ -96,6 +97,13 @@ class TokenBatch:
     def spread(self, value_S: Tensor, elsewhere: float) -> Tensor:
         """A value per segment at each of its codes; `elsewhere` at structure."""
         return torch.where(self.segment_P < 0, elsewhere, value_S[self.segment_P.clamp_min(0)])
+
+    def by_span(self, where_P: Tensor, spans: int) -> tuple[Tensor, list[int]]:
+        """The positions of a mask ordered by the span that they draw from, int64 [M], and how many each of the
+        vocabulary's `spans` has."""
+        position_M = torch.nonzero(where_P).flatten()
+        span_M = self.span_P[position_M]
+        return position_M[torch.argsort(span_M, stable=True)], torch.bincount(span_M, minlength=spans).tolist()
 
 
 def lay_out(documents: Sequence[Document], layouts: Sequence[Sequence[Layout]]) -> TokenBatch:

@@ -110,6 +110,11 @@ class SharedVocabulary:
         return tuple((name, level, span) for name, spans in self.spans.items() for level, span in enumerate(spans))
 
     @cached_property
+    def span_starts(self) -> Tensor:
+        """int64: the first shared id of every span, in the order of `flat_spans`."""
+        return torch.tensor([start for _, _, (start, _) in self.flat_spans])
+
+    @cached_property
     def first_span(self) -> dict[str, int]:
         """Span index of each tokenizer's level 0."""
         first, index = {}, 0

@@ -106,9 +106,9 @@ class MaskedDiffusionModule(LightningModule):
         nats_M = self(batch)
         total = (nats_M * batch.loss_weights_M).sum()
         self.log("loss", (total / batch.loss_divisor.clamp_min(1)).detach(), prog_bar=True, batch_size=1)
-        # DDP takes the mean of the ranks' gradients, so the mean of their counts divides the sum of their losses.
+        # DDP takes the mean of the ranks' gradients, so the mean of their divisors divides the sum of their losses.
         self._divisors.append(self.trainer.strategy.reduce(batch.loss_divisor.clone(), reduce_op="mean"))  # pyright: ignore
-        # The counts of later batches are not known yet. `on_after_backward` scales the gradient once they are.
+        # The divisors of later batches are not known yet. `on_after_backward` scales the gradient once they are.
         loss = total / self._divisors[0].clamp_min(1)
         nats_T = nats_M.new_zeros(len(batch.tokens))
         nats_T.index_add_(0, batch.tokenizer_M, (nats_M * batch.bound_weights_M).detach())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from demo.corpus import KINDS, is_real, label_in, label_of, read_names
-from demo.digits import MNIST, MOVED, corpus, prepare, split_of
+from demo.digits import MNIST, NUM_AUGMENTATIONS, corpus, prepare, split_of
 from demo.speech import DIGITS
 from multidiff.data.folder import read_metadata
 from tests.helpers.paths import ROOT
@@ -23,7 +23,7 @@ SCRIPT = ROOT / "scripts" / "prepare_digits.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("digits") / "data", num=200, progress=False)
+    return prepare(tmp_path_factory.mktemp("digits") / "data", num_samples=200, progress=False)
 
 
 def test_a_document_is_about_one_digit(folder):
@@ -52,7 +52,7 @@ def test_splits_are_the_permutation(folder):
     order = np.random.default_rng(0).permutation(10_000)[:200]
     records = read_metadata(folder)
     splits = ["train"] * 160 + ["validation"] * 20 + ["test"] * 20
-    copies = [*list(range(160)) * (1 + MOVED), *range(160, 200)]
+    copies = [*list(range(160)) * (1 + NUM_AUGMENTATIONS), *range(160, 200)]
     assert [record.split for record in records] == [splits[index] for index in copies]
     with np.load(MNIST) as mnist:
         pictures, labels = np.pad(mnist["x"][order], ((0, 0), (2, 2), (2, 2))), mnist["y"][order]
@@ -95,7 +95,7 @@ def test_moved_clips_are_the_training_splits_played_faster_or_slower(folder):
 
 
 def test_more_copies_change_the_training_split_alone(folder, tmp_path):
-    prepare(tmp_path / "data", num=200, moved=MOVED + 1, progress=False)
+    prepare(tmp_path / "data", num_samples=200, num_augmentations=NUM_AUGMENTATIONS + 1, progress=False)
     for split, grown in (("train", 160), ("validation", 0), ("test", 0)):
         few, many = (read_metadata(place, splits=(split,)) for place in (folder, tmp_path / "data"))
         assert len(many) - len(few) == grown
@@ -120,10 +120,10 @@ def test_voices_are_of_one_split(folder):
 
 def test_made_once_unless_forced_or_changed(folder):
     before = (folder / "metadata.jsonl").stat()
-    prepare(folder, num=200, progress=False)
+    prepare(folder, num_samples=200, progress=False)
     assert (folder / "metadata.jsonl").stat() == before
     text = (folder / "metadata.jsonl").read_text()
-    prepare(folder, num=200, force=True, progress=False)
+    prepare(folder, num_samples=200, force=True, progress=False)
     assert (folder / "metadata.jsonl").stat().st_ino != before.st_ino
     assert (folder / "metadata.jsonl").read_text() == text
 
@@ -131,26 +131,26 @@ def test_made_once_unless_forced_or_changed(folder):
 def test_an_interrupted_run_is_begun_anew(tmp_path):
     (tmp_path / "data.partial" / "images").mkdir(parents=True)
     (tmp_path / "data.partial" / "images" / "seven-1.png").write_bytes(b"half")
-    prepare(tmp_path / "data", num=20, seed=1, progress=False)
+    prepare(tmp_path / "data", num_samples=20, seed=1, progress=False)
     assert not (tmp_path / "data.partial").exists()
     assert not (tmp_path / "data" / "images" / "seven-1.png").exists()
-    assert len(read_metadata(tmp_path / "data")) == 20 + 16 * MOVED
-    prepare(tmp_path / "data", num=30, seed=1, progress=False)
+    assert len(read_metadata(tmp_path / "data")) == 20 + 16 * NUM_AUGMENTATIONS
+    prepare(tmp_path / "data", num_samples=30, seed=1, progress=False)
     assert json.loads((tmp_path / "data" / "prepared.json").read_text())["num"] == 30
-    assert len(read_metadata(tmp_path / "data")) == 30 + 24 * MOVED
+    assert len(read_metadata(tmp_path / "data")) == 30 + 24 * NUM_AUGMENTATIONS
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match="holds something else"):
-        prepare(tmp_path, num=20, force=True)
+        prepare(tmp_path, num_samples=20, force=True)
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
 
 @pytest.mark.parametrize("num", [0, 19, 10_001])
 def test_an_impossible_number_is_named(tmp_path, num):
     with pytest.raises(ValueError, match=f"--num-samples must be 20 to 10000, got {num}"):
-        prepare(tmp_path / "data", num=num)
+        prepare(tmp_path / "data", num_samples=num)
     assert not list(tmp_path.iterdir())
 
 

@@ -54,7 +54,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("digits") / "data", num=200, progress=False)
+    return prepare(tmp_path_factory.mktemp("digits") / "data", num_samples=200, progress=False)
 
 
 @pytest.fixture(scope="module")

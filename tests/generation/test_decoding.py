@@ -7,14 +7,13 @@ import pytest
 import torch
 from diffusers import AmusedScheduler, BlockRefinementScheduler, DDIMScheduler
 from torch._inductor import config
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from multidiff import Blank, Given, Masked, MaskSampler, MultiDiffPipeline
 from multidiff.generation.decoder import Decoder
 from multidiff.models.transformer import MaskedDiffusionTransformer
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 from tests.helpers.far import FAR, FarDevice, send
+from tests.helpers.largest import Largest
 from tests.helpers.pipelines import batch_of, items, make
 from tests.helpers.toys import Frames, Grid, generator
 
@@ -236,19 +235,6 @@ def test_caches_must_agree():
         pipe(CACHED[:1])
 
 
-class _Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes, in elements."""
-
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.numel())
-        return made
-
-
 def test_no_tensor_of_batch_by_length_by_vocabulary():
     tokenizers = {"picture": Grid(700, 4, 4), "other": Grid(2000, 4, 4), "note": Frames((900,))}
     samplers = {
@@ -258,7 +244,7 @@ def test_no_tensor_of_batch_by_length_by_vocabulary():
     pipe = make(tokenizers, samplers)
     documents = [[Given("other", [3] * 16), Blank("picture"), Blank("note", frames=12)]] * 5
     length = len(batch_of(pipe, documents).ids_P)
-    with _Largest() as largest:
+    with Largest() as largest:
         pipe(documents, generator=generator())
     weight = pipe.vocabulary.rows * 32
     asked = 5 * 16 * 700 * 2  # pictures, guided; notes are fewer
