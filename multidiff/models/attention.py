@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
+from multidiff.models.sizes import HALF, prepares_shapes, shared_size
+
 # Costs in units of one query by one key, chosen by the steps of small and large models on two cores.
 _CALL = 3_000  # of a call, besides its arithmetic
 _CALL_BY_PRODUCTS = 40_000  # and where it is made of matrix products, which are prepared again for every shape
 _TOKEN = 20  # of gathering a token that is not in place
 _SCORES = 2**24  # elements of a score matrix that is held at once
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,33 @@ class AttentionPlan:
 
 @torch.compiler.disable()
 def plan_attention(
-    keys: Sequence[int], queries: Sequence[int], device: torch.device, dtype: torch.dtype
+    keys: Sequence[int],
+    queries: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: tuple[int, int] | None = None,
 ) -> AttentionPlan:
     """The plan for documents of these numbers of keys and of queries.
 
     Args:
         keys, queries: of each document, in the order of the batch. A document may have no query.
         device, dtype: of the tensors that attend; nothing waits for the device.
+        rows: of keys and of queries; those behind the last document belong to none, and what they get means nothing.
+            None where there are no such rows.
     """
-    half = dtype in _HALF
+    half = dtype in HALF
     variable = device.type == "cuda" and half
     call = _CALL_BY_PRODUCTS if half else _CALL
     key_starts, query_starts = _starts(keys), _starts(queries)
+    key_rows, query_rows = rows or (sum(keys), sum(queries))
     groups = [] if variable else _group(tuple(zip(keys, queries, strict=True)), call)
-    key_side, masks = _side(groups, key_starts, device)
-    query_side, _ = _side(groups, query_starts, device)
+    shared = prepares_shapes(device, dtype)
+    key_side, masks = _side(groups, key_starts, key_rows, shared, device)
+    query_side, _ = _side(groups, query_starts, query_rows, shared, device)
     return AttentionPlan(
         (_sent(key_starts, device), _sent(query_starts, device)) if variable else None,
         (max(keys, default=0), max(queries, default=0)),
-        [len(group) for group in groups],
+        [shared_size(len(group)) if shared else len(group) for group in groups],
         [None if mask is None else _sent(mask[:, None, None], device) for mask in masks],
         key_side,
         query_side,
@@ -170,7 +179,7 @@ def _attend_group(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor, documen
     query_GHqE, key_GKkE, value_GKkE = (
         x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (query_NHE, key_NKE, value_NKE)
     )
-    half = query_GHqE.dtype in _HALF and query_GHqE.device.type == "cpu"
+    half = query_GHqE.dtype in HALF and query_GHqE.device.type == "cpu"
     if half and query_GHqE.shape[:-1].numel() * key_GKkE.shape[-2] <= _SCORES:
         answer_GHqE = _by_products(query_GHqE, key_GKkE, value_GKkE, mask)
     else:
@@ -187,7 +196,9 @@ def _by_products(query_GHqE: Tensor, key_GKkE: Tensor, value_GKkE: Tensor, mask:
     scores = (query_GHqE.reshape(grouped) * size**-0.5) @ key_GKkE.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return (torch.softmax(scores, -1) @ value_GKkE).reshape(groups, heads, number, size)
+    # In fp32, which is faster than PyTorch's softmax in half precision wherever 32 does not divide the number of keys.
+    probabilities = torch.softmax(scores, -1, torch.float32).to(scores.dtype)
+    return (probabilities @ value_GKkE).reshape(groups, heads, number, size)
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:
@@ -196,30 +207,43 @@ def _starts(lengths: Sequence[int]) -> Tensor:
     return starts
 
 
-def _side(groups: Sequence[Sequence[int]], starts: Tensor, device: torch.device) -> tuple[_Side, list[Tensor | None]]:
-    """Where the groups' tokens are, and [G, k] of each group, False where a token is repeated; None where none is."""
+def _side(
+    groups: Sequence[Sequence[int]], starts: Tensor, rows: int, shared: bool, device: torch.device
+) -> tuple[_Side, list[Tensor | None]]:
+    """Where the groups' tokens are, and [G, k] of each group, False where a token is repeated; None where none is.
+
+    Args:
+        groups: the documents of each.
+        starts: of the documents.
+        rows: of the batch, of which those behind the last document are in no group.
+        shared: whether documents are repeated up to a number, and tokens up to a length, that other batches have too.
+    """
     edges = starts.tolist()
-    rows, masks, ranges = [], [], []
+    places, masks, real, ranges = [], [], [], []
     for members in groups:
-        first, last = members[0], members[-1]
+        first, last, count = members[0], members[-1], len(members)
         lengths = [edges[i + 1] - edges[i] for i in members]
-        longest, count = max(lengths), len(members)
+        longest, most = max(lengths), count
+        if shared:
+            longest, most = shared_size(longest), shared_size(count)
         equal = min(lengths) == longest
-        ranges.append((edges[first], edges[last + 1]) if equal and last - first == count - 1 else None)
+        in_place = equal and most == count == last - first + 1 and rows == edges[-1]
+        ranges.append((edges[first], edges[last + 1]) if in_place else None)
+        members = [*members, *[last] * (most - count)]
         first_G = torch.tensor([edges[i] for i in members])[:, None]
-        length_G = torch.tensor(lengths)[:, None]
+        length_G = torch.tensor([edges[i + 1] - edges[i] for i in members])[:, None]
         place_k = torch.arange(longest)
-        rows.append((first_G + place_k.minimum(length_G - 1)).flatten())
-        masks.append(None if equal else place_k < length_G)
-    lengths = [len(row) for row in rows]
+        mask_Gk = place_k < length_G
+        places.append((first_G + place_k.minimum(length_G - 1)).flatten())
+        masks.append(None if equal else mask_Gk)
+        real.append((mask_Gk & (torch.arange(most) < count)[:, None]).flatten())
+    lengths = [len(place) for place in places]
     if all(ranges):
-        pieces = sorted({0, edges[-1], *(edge for pair in ranges if pair for edge in pair)})
+        pieces = sorted({0, rows, *(edge for pair in ranges if pair for edge in pair)})
         sizes = [b - a for a, b in pairwise(pieces)]
         return _Side(sizes, [pieces.index(pair[0]) for pair in ranges if pair], None, None, None, None, lengths), masks
-    row_N = torch.cat(rows)
-    real_N = torch.cat([torch.ones(n, dtype=torch.bool) if mask is None else mask.flatten()
-                        for n, mask in zip(lengths, masks, strict=True)])  # fmt: skip
-    back = torch.full((edges[-1],), -1)
+    row_N, real_N = torch.cat(places), torch.cat(real)
+    back = torch.full((rows,), -1)
     back[row_N[real_N]] = torch.nonzero(real_N).flatten()
     outside, repeated = torch.nonzero(back < 0).flatten(), torch.nonzero(~real_N).flatten()
     side = _Side(

@@ -34,6 +34,7 @@ from multidiff.models.attention import AttentionPlan, attend, plan_attention
 from multidiff.models.cache import KeyValueCache
 from multidiff.models.norm import RMSNorm
 from multidiff.models.rotary import apply_rotary_emb, fourier_features, rotary, rotary_frequencies, wave_turns
+from multidiff.models.sizes import prepares_shapes, shared_size
 from multidiff.sequence.vocabulary import Span
 
 INITIAL_STD = 0.02
@@ -169,9 +170,20 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             active = active_A.to(device, non_blocking=True)
             ids_P, positions_P3 = ids_P[active], positions_P3[active]
             coords_P3 = None if coords_P3 is None else coords_P3[active]
-        plan_of_all = plan_attention(lengths, computed, device, compute) if len(self.layers) > 1 else None
-        last_plan = plan_attention(lengths, _number_in_documents(position_Q, document_starts), device, compute)
-        row_Q = inside_Q.to(device, non_blocking=True)
+        extra = extra_Q = 0  # rows that belong to no document and that nobody reads
+        if prepares_shapes(device, compute):
+            extra_Q = shared_size(len(position_Q)) - len(position_Q)
+            if cache is None:
+                extra = shared_size(len(ids_P)) - len(ids_P)
+                ids_P, positions_P3 = F.pad(ids_P, (0, extra)), F.pad(positions_P3, (0, 0, 0, extra))
+                coords_P3 = None if coords_P3 is None else F.pad(coords_P3, (0, 0, 0, extra))
+        keys, queries, last = starts[-1] + extra, len(ids_P), len(position_Q) + extra_Q
+        plan_of_all = None
+        if len(self.layers) > 1:
+            plan_of_all = plan_attention(lengths, computed, device, compute, (keys, queries))
+        in_last = _number_in_documents(position_Q, document_starts)
+        last_plan = plan_attention(lengths, in_last, device, compute, (keys, last))
+        row_Q = F.pad(inside_Q, (0, extra_Q)).to(device, non_blocking=True)
 
         rope = rotary(positions_P3, self._frequencies_F, self.dtype == torch.float64)
         hidden_AD = self.embed(ids_P)
@@ -216,16 +228,19 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         edges = sorted({0, weight.shape[0], *(edge for span in spans for edge in span)})
         pieces = dict(zip(edges, weight.split([b - a for a, b in pairwise(edges)]), strict=False))
         parts = [None] * len(rows) if targets is None else targets.split([len(row_N) for row_N in rows])
+        shared = prepares_shapes(hidden_QD.device, self._compute_dtype(hidden_QD.device))
         results = []
         for row_N, (start, stop), target_N in zip(rows, spans, parts, strict=True):
             weight_VD = pieces[start]
             if len(weight_VD) != stop - start:
                 raise ValueError(f"spans overlap at {start}:{stop}")
-            hidden_ND = hidden_QD.index_select(0, row_N)
+            number = len(row_N)
+            extra = shared_size(number) - number if shared else 0
+            hidden_ND = hidden_QD.index_select(0, F.pad(row_N, (0, extra)))
             if target_N is None:
-                results.append(hidden_ND @ weight_VD.T)
+                results.append((hidden_ND @ weight_VD.T)[:number])
             else:
-                results.append(cross_entropy(hidden_ND, weight_VD, target_N))
+                results.append(cross_entropy(hidden_ND, weight_VD, F.pad(target_N, (0, extra)))[:number])
         return results
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from multidiff.models import attention
 from multidiff.models.attention import attend, plan_attention
+from multidiff.models.sizes import shared_size
 from tests.helpers.largest import Largest
 from tests.helpers.toys import generator
 
@@ -108,6 +109,37 @@ def test_without_any_query_keys_and_values_stay_in_the_graph():
     assert [gradient.shape for gradient in torch.autograd.grad(answer.sum(), made)] == [part.shape for part in made]
 
 
+@pytest.mark.parametrize("name", COSTS)
+def test_documents_repeated_up_to_a_shared_size_change_nothing(costs, monkeypatch, name):
+    costs(name)
+    monkeypatch.setattr(attention, "prepares_shapes", lambda device, dtype: True)
+    keys = [17, 40, 17, 3, 40, *[19] * 17]
+    queries = [17, 21, 0, 3, 40, *[18] * 17]
+    plan = check(keys, queries)
+    assert all(shared_size(documents) == documents for documents in plan.documents)
+    for side in (plan.keys, plan.queries):
+        lengths = [rows // documents for rows, documents in zip(side.lengths, plan.documents, strict=True)]
+        assert [shared_size(length) for length in lengths] == lengths
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_rows_behind_the_last_document_change_nothing(costs, name):
+    costs(name)
+    keys, queries, behind = [5, 5, 3], [5, 2, 0], (4, 6)
+    made, document_Q, document_P = tensors(keys, queries)
+    drawn = generator(3)
+    numbers = zip(made, (behind[1], behind[0], behind[0]), strict=True)
+    extra = [torch.randn(n, *x.shape[1:], generator=drawn, dtype=torch.float64) for x, n in numbers]
+    plan = plan_attention(keys, queries, CPU, torch.float64, (sum(keys) + behind[0], sum(queries) + behind[1]))
+    ours = attend(*(torch.cat(pair) for pair in zip(made, extra, strict=True)), plan)
+    theirs = dense(*made, document_Q, document_P)
+    assert len(ours) == len(theirs) + behind[1]
+    torch.testing.assert_close(ours[: len(theirs)], theirs, rtol=0, atol=1e-12)
+    sums = [out[: len(theirs)].square().sum() for out in (ours, theirs)]
+    for a, b in zip(*(torch.autograd.grad(total, made) for total in sums), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["apart", "together"])
 def test_gradients_are_those_of_differences(costs, name):
     costs(name)
@@ -124,7 +156,7 @@ def test_half_precision_is_close(costs, monkeypatch, name, scores):
     monkeypatch.setattr(attention, "_SCORES", scores)
     keys, queries = [9, 4, 9, 30], [9, 4, 1, 12]
     made, document_Q, document_P = tensors(keys, queries, size=16, dtype=torch.bfloat16)
-    ours = attend(*made, plan_attention(keys, queries, CPU, torch.float64))
+    ours = attend(*made, plan_attention(keys, queries, CPU, torch.bfloat16))
     exact = [part.detach().double().requires_grad_() for part in made]
     theirs = dense(*exact, document_Q, document_P)
     assert ours.dtype == torch.bfloat16

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from multidiff.models import MaskedDiffusionTransformer, attention
 from multidiff.models import transformer as module
+from multidiff.models.sizes import shared_size
 from multidiff.sequence import MASK, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.denoisers import PICTURE, SEQUENCER, VOCABULARY, run, segments, transformer
@@ -187,6 +188,26 @@ def test_bfloat16_autocast_is_close():
             rough = run(model, batch, asked(batch))
     for a, b in zip(exact, rough, strict=True):
         assert float((a - b.float()).norm() / a.norm()) < 0.05
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_rows_up_to_a_shared_size_change_nothing(monkeypatch, with_targets):
+    """What half precision takes on a CPU, in double precision."""
+    model = transformer().double()
+    batch = SEQUENCER.batch([segments(5, 2), segments(2, 3), segments(9, 1)] * 7)
+    ids_P, positions, targets = masked(batch)
+    assert shared_size(len(ids_P)) > len(ids_P)
+    assert any(shared_size(len(index_N)) > len(index_N) for index_N, _ in positions)
+    arguments = (ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3)
+    results = []
+    for shared in (False, True):
+        for place in (module, attention):
+            monkeypatch.setattr(place, "prepares_shapes", lambda device, dtype, shared=shared: shared)
+        made = model(*arguments, targets=targets if with_targets else None)
+        total = sum(part.square().sum() for part in made)
+        results.append([*made, *torch.autograd.grad(total, list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 # --- cross-entropies
