@@ -2,7 +2,7 @@
 reconstruction keeps."""
 
 from multidiff.evaluation.fidelity import align_sounds, picture_fidelity, speech_fidelity, text_fidelity
-from multidiff.evaluation.likelihood import likelihood, modes
+from multidiff.evaluation.likelihood import BoundSums, EvaluationBatch, likelihood, modes
 from multidiff.evaluation.metrics import (
     code_agreement,
     code_distribution,
@@ -13,6 +13,8 @@ from multidiff.evaluation.metrics import (
 )
 
 __all__ = [
+    "BoundSums",
+    "EvaluationBatch",
     "align_sounds",
     "code_agreement",
     "code_distribution",

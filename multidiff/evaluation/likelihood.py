@@ -3,14 +3,15 @@
     -log p(x)  ≤  E_k  L/k  Σ_{i masked} -log p(x_i | x with k of its L codes masked),      k uniform in 1..L
 
 (Ou et al. 2024, arXiv 2406.03736, eq. 3.5; Nie et al. 2025, LLaDA, arXiv 2502.09992, eq. 6). It equals the bound in
-continuous time of the log-linear schedule and varies less. Every value below is one draw of k and of the masked codes
-for each document, with k spread evenly over the documents.
+continuous time of every schedule and varies less. A draw is a k and the masked codes of a document. The draws of
+a document have a stratum of k each, and within it the documents are spread evenly.
 
 Shape suffixes: P tokens of the batch, S segments, D documents, M masked codes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -52,42 +53,88 @@ class EvaluationBatch:
 
 
 def likelihood(
-    model: MaskedDiffusionTransformer, vocabulary: SharedVocabulary, documents: EvaluationBatch, mode: str
+    model: MaskedDiffusionTransformer,
+    vocabulary: SharedVocabulary,
+    documents: EvaluationBatch,
+    mode: str,
+    draws: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Nats, and the tokens that they are of, both summed over the documents: float64 on the model's device.
+    """Nats, and the tokens that they are of, of each document: float64 [D] on the model's device.
 
-    Their quotient is the bound in nats per token. A token is a code of the content, or the EOS that ends it; padding
-    EOS count in the nats alone. A document of one label alone has no conditional bound.
+    A token is a code of the content, or the EOS that ends it; padding EOS count in the nats alone. A document of one
+    label alone has no conditional bound. `BoundSums` makes the bound in nats per token of them.
 
     Args:
         model: the denoiser, in evaluation mode.
         vocabulary: its vocabulary.
         documents: what is measured. A document's masks do not depend on what else is in the batch.
         mode: one of `modes`.
+        draws: of each document, whose mean its nats are.
     """
-    batch = documents.batch
+    batch, device = documents.batch, model.device
     target_S, absent_S = _roles(batch, mode)
     counted_S = target_S & torch.tensor(documents.counts)[batch.document_S]
-    tokens = batch.divisor_S[counted_S].sum().to(model.device, torch.float64)
+    tokens_D = torch.zeros(batch.num_documents, dtype=torch.float64)
+    tokens_D.index_add_(0, batch.document_S, batch.divisor_S.where(counted_S, 0).double())
+    nats_D = torch.zeros(batch.num_documents, dtype=torch.float64, device=device)
     if not bool(target_S.any()):
-        return torch.zeros_like(tokens), tokens
-    masked_P, weight_D = _mask_exactly(documents, batch.spread(target_S, False), mode)
-    ids_P = torch.where(masked_P | batch.spread(absent_S, False), MASK, batch.ids_P)
-    index_M, sizes = batch.by_span(masked_P, len(vocabulary.flat_spans))
+        return nats_D, tokens_D.to(device)
     spans = [span for _, _, span in vocabulary.flat_spans]
-    device = model.device
-    with torch.no_grad():
-        nats = model(
-            ids_P.to(device),
-            batch.positions_P3.to(device),
-            batch.document_starts,
-            list(zip(index_M.split(sizes), spans, strict=True)),
-            batch.coords_P3.to(device),
-            targets=(batch.ids_P[index_M] - vocabulary.span_starts[batch.span_P[index_M]]).to(device),
-        )
-    segment_M = batch.segment_P[index_M]
-    weight_M = torch.where(counted_S[segment_M], weight_D[batch.document_S[segment_M]], 0.0)
-    return (torch.cat(nats).double() * weight_M.to(device)).sum(), tokens
+    for draw in range(draws):
+        masked_P, weight_D = _mask_exactly(documents, batch.spread(target_S, False), mode, draw, draws)
+        ids_P = torch.where(masked_P | batch.spread(absent_S, False), MASK, batch.ids_P)
+        index_M, sizes = batch.by_span(masked_P, len(spans))
+        with torch.no_grad():
+            nats = model(
+                ids_P.to(device),
+                batch.positions_P3.to(device),
+                batch.document_starts,
+                list(zip(index_M.split(sizes), spans, strict=True)),
+                batch.coords_P3.to(device),
+                targets=(batch.ids_P[index_M] - vocabulary.span_starts[batch.span_P[index_M]]).to(device),
+            )
+        segment_M = batch.segment_P[index_M]
+        document_M = batch.document_S[segment_M]
+        weight_M = torch.where(counted_S[segment_M], weight_D[document_M] / draws, 0.0)
+        nats_D.index_add_(0, document_M.to(device), torch.cat(nats).double() * weight_M.to(device))
+    return nats_D, tokens_D.to(device)
+
+
+class BoundSums:
+    """Sums over documents, from which the bound follows with its standard error.
+
+    The bound is the ratio r = Σ n / Σ t of nats and tokens of D documents. Its standard error is that of a ratio
+    (Cochran 1977, Sampling Techniques, section 6.4), √(D / (D - 1) Σ (n - r t)²) / Σ t: what other documents of the
+    same kind, and other masks, would change.
+
+    Attributes:
+        sums: float64 [6]: documents, n, t, n², n t, t². Those of several processes may be added.
+    """
+
+    def __init__(self, sums: Tensor):
+        self.sums = sums
+
+    @classmethod
+    def zero(cls, device: torch.device | str = "cpu") -> BoundSums:
+        return cls(torch.zeros(6, dtype=torch.float64, device=device))
+
+    def add(self, nats_D: Tensor, tokens_D: Tensor) -> None:
+        """Count documents; those without tokens do not."""
+        nats_D = nats_D.where(tokens_D > 0, 0.0)
+        parts = ((tokens_D > 0).double(), nats_D, tokens_D, nats_D**2, nats_D * tokens_D, tokens_D**2)
+        self.sums += torch.stack([part.sum() for part in parts])
+
+    def estimate(self) -> tuple[float, float] | None:
+        """The bound in nats per token and its standard error, which one document does not have (NaN); None where
+        nothing was measured."""
+        documents, nats, tokens, nats_2, product, tokens_2 = self.sums.tolist()
+        if not tokens:
+            return None
+        bound = nats / tokens
+        if documents < 2:
+            return bound, math.nan
+        squares = max(0.0, nats_2 - 2 * bound * product + bound**2 * tokens_2)
+        return bound, math.sqrt(documents / (documents - 1) * squares) / tokens
 
 
 def _roles(batch: TokenBatch, mode: str) -> tuple[Tensor, Tensor]:
@@ -103,7 +150,9 @@ def _roles(batch: TokenBatch, mode: str) -> tuple[Tensor, Tensor]:
     return mine_S & mixed_D[batch.document_S], torch.zeros_like(mine_S)
 
 
-def _mask_exactly(documents: EvaluationBatch, target_P: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def _mask_exactly(
+    documents: EvaluationBatch, target_P: Tensor, mode: str, draw: int, draws: int
+) -> tuple[Tensor, Tensor]:
     """Mask k of the L target codes of each document. Returns masked_P, and L/k of each document."""
     batch = documents.batch
     masked_P, weight_D = torch.zeros_like(target_P), torch.zeros(batch.num_documents, dtype=torch.float64)
@@ -113,8 +162,9 @@ def _mask_exactly(documents: EvaluationBatch, target_P: Tensor, mode: str) -> tu
         length = len(place_L)
         if not length:
             continue
-        generator = generator_for(documents.seed, "likelihood", mode, number)
-        k = 1 + int(spread_uniform(documents.seed, -1, number, 0) * length)
+        generator = generator_for(documents.seed, "likelihood", mode, number, draw)
+        stratum = (draw + spread_uniform(documents.seed, -1, number, 0)) / draws
+        k = 1 + int(stratum * length)
         masked_P[place_L[torch.randperm(length, generator=generator)[:k]]] = True
         weight_D[document] = length / k
     return masked_P, weight_D

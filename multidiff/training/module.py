@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from multidiff import plugins
 from multidiff.checkpoints import KEY, build_transformer, load_samplers, pack
 from multidiff.data import DocumentDataModule
-from multidiff.evaluation.likelihood import EvaluationBatch, likelihood, modes
+from multidiff.evaluation.likelihood import BoundSums, EvaluationBatch, likelihood, modes
 from multidiff.objectives import NoisedBatch, Noising, Objective, Task
 from multidiff.objectives.tasks import OTHERS
 from multidiff.seeding import generator_for
@@ -43,6 +43,7 @@ class MaskedDiffusionModule(LightningModule):
         min_lr_ratio: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
             (`max_steps`, `max_epochs`, `max_time`) is reached.
         samplers: sampling settings by tokenizer name, used by previews and saved with the model.
+        likelihood_draws: masks drawn of each document where the bound is measured; more leave less chance in it.
         seed: of weights and noise.
     """
 
@@ -56,9 +57,12 @@ class MaskedDiffusionModule(LightningModule):
         warmup_steps: int = 100,
         min_lr_ratio: float = 0.05,
         samplers: dict[str, dict[str, Any]] | None = None,
+        likelihood_draws: int = 1,
         seed: int = 0,
     ):
         super().__init__()
+        if likelihood_draws < 1:
+            raise ValueError(f"likelihood_draws must be at least 1, not {likelihood_draws}.")
         built = plugins.build(tokenizers)
         self.vocabulary = SharedVocabulary.of(built)
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
@@ -78,6 +82,7 @@ class MaskedDiffusionModule(LightningModule):
             self.vocabulary.layout(name)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
+        self.likelihood_draws = likelihood_draws
         self.seen: SeenDocuments | None = None
         self._divisors: list[Tensor] = []  # what the losses of this optimizer step are divided by, batch by batch
         self._group_of = {
@@ -138,14 +143,14 @@ class MaskedDiffusionModule(LightningModule):
         self._divisors.clear()
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = {mode: torch.zeros(2, device=self.device, dtype=torch.float64) for mode in modes(self._labels)}
+        self._sums = {mode: BoundSums.zero(self.device) for mode in modes(self._labels)}
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: EvaluationBatch, batch_index: int) -> None:
         """Adds to the bounds of each label, conditional and unconditional, and to the joint one."""
         for mode, sums in self._sums.items():
-            sums += torch.stack(likelihood(self.transformer, self.vocabulary, batch, mode))
+            sums.add(*likelihood(self.transformer, self.vocabulary, batch, mode, self.likelihood_draws))
 
     def test_step(self, batch: EvaluationBatch, batch_index: int) -> None:
         self.validation_step(batch, batch_index)
@@ -158,9 +163,11 @@ class MaskedDiffusionModule(LightningModule):
 
     def _log_bounds(self, stage: str) -> None:
         for mode, sums in self._sums.items():  # the same on every rank, whatever its documents held
-            nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            if tokens:
-                self.log(f"{stage}/{mode}", (nats / tokens).float(), prog_bar=mode == "joint", rank_zero_only=True)
+            estimate = BoundSums(self.trainer.strategy.reduce(sums.sums, reduce_op="sum")).estimate()  # pyright: ignore
+            if estimate:
+                bound, error = estimate
+                self.log(f"{stage}/{mode}", bound, prog_bar=mode == "joint", rank_zero_only=True)
+                self.log(f"{stage}/{mode}_standard_error", error, rank_zero_only=True)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The layers' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from multidiff.data import DocumentDataModule
-from multidiff.evaluation import likelihood, modes
-from multidiff.evaluation.likelihood import EvaluationBatch
+from multidiff.evaluation import BoundSums, EvaluationBatch, likelihood, modes
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.sequence import MASK, Example, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
@@ -35,11 +34,12 @@ def document(*parts, padding=1):
     return [SEQUENCER.given(name, TOKENIZERS[name].encode([item])[0], padding, *label) for name, item, *label in parts]
 
 
-def measured(model, examples, mode, seed=0):
+def measured(model, examples, mode, seed=0, draws=1):
     documents = EvaluationBatch.of(examples, sequencer=SEQUENCER, seed=seed)
-    nats, tokens = likelihood(model, VOCABULARY, documents, mode)
-    assert (nats.dtype, tokens.dtype) == (torch.float64, torch.float64)
-    return float(nats), float(tokens)
+    nats_D, tokens_D = likelihood(model, VOCABULARY, documents, mode, draws)
+    assert (nats_D.dtype, tokens_D.dtype) == (torch.float64, torch.float64)
+    assert nats_D.shape == tokens_D.shape == (len(examples),)
+    return float(nats_D.sum()), float(tokens_D.sum())
 
 
 def test_modes():
@@ -104,7 +104,7 @@ def test_k_is_uniform_and_so_are_the_masks_of_k():
     count = 4000
     batch = SEQUENCER.batch([document(("v", [1]), ("a", [2, 0]))] * count)
     documents = EvaluationBatch(batch, range(count), [True] * count, seed=3)
-    masked_P, weight_D = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint")
+    masked_P, weight_D = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint", 0, 1)
     masked_DL = masked_P[batch.span_P >= 0].view(count, 4)
     k_D = masked_DL.sum(1)
     assert torch.equal(weight_D, 4 / k_D.double())
@@ -138,10 +138,10 @@ def test_a_model_that_knows_measures_the_joint():
     ]
     documents = EvaluationBatch.of(examples, sequencer=sequencer, seed=0)
     for mode, each in (("joint", math.log(2)), ("a/conditional", 0.0), ("b/unconditional", math.log(2))):
-        nats, tokens = likelihood(Knowing(), vocabulary, documents, mode)
-        assert tokens == count * (16 if mode == "joint" else 8)
+        nats_D, tokens_D = likelihood(Knowing(), vocabulary, documents, mode)
+        assert tokens_D.tolist() == [16 if mode == "joint" else 8] * count
         # Only k = L has any loss, of weight 1, and k is spread evenly over the documents.
-        assert float(nats) / count == pytest.approx(each, abs=0.01)
+        assert float(nats_D.mean()) == pytest.approx(each, abs=0.01)
 
 
 LABELLED = [
@@ -182,6 +182,48 @@ def test_tokens_are_codes_and_one_end_of_what_is_measured():
     assert tokens["a/unconditional"] == [2, 0, 2, 0, 2]
 
 
+def test_draws_of_a_document_have_a_stratum_each_and_their_mean_is_taken():
+    model, draws = transformer(), 6
+    one = document(("a", [2, 0]), ("v", [1, 1]), padding=2)  # 2 pixels and 4 notes, of which 2 are EOS
+    documents = EvaluationBatch.of([Example(one, -1, 3, 3)], sequencer=SEQUENCER, seed=0)
+    batch = documents.batch
+    expected, counts = 0.0, []
+    for draw in range(draws):
+        masked_P, weight_D = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint", draw, draws)
+        masked = torch.nonzero(masked_P).flatten().tolist()
+        counts.append(len(masked))
+        expected -= float(weight_D[0]) * sum(log_prob(model, batch, masked, place) for place in masked) / draws
+    assert counts == [1, 2, 3, 4, 5, 6]
+    nats, tokens = measured(model, [Example(one, -1, 3, 3)], "joint", draws=draws)
+    assert nats == pytest.approx(expected, rel=1e-12)
+    assert tokens == 5
+
+
+def test_the_standard_error_covers_the_bound():
+    """Of 400 samples of 100 documents, 95 % lie within 1.96 standard errors: outside of 92 to 98 % by chance less than
+    once in 100 times."""
+    drawn, hits = generator(), 0
+    for _ in range(400):
+        tokens_D = torch.randint(1, 9, (100,), generator=drawn).double()
+        nats_D = tokens_D * 2 + torch.randn(100, generator=drawn, dtype=torch.float64) * tokens_D.sqrt()
+        parts = [BoundSums.zero(), BoundSums.zero()]
+        parts[0].add(nats_D[:30], tokens_D[:30])
+        parts[1].add(torch.cat([nats_D[30:], torch.tensor([9.0])]), torch.cat([tokens_D[30:], torch.zeros(1)]))
+        bound, error = BoundSums(parts[0].sums + parts[1].sums).estimate()
+        assert bound == pytest.approx(float(nats_D.sum() / tokens_D.sum()), rel=1e-12)
+        hits += abs(bound - 2) < 1.96 * error
+    assert 0.92 < hits / 400 < 0.98
+
+
+def test_few_documents_have_no_standard_error():
+    sums = BoundSums.zero()
+    assert sums.estimate() is None
+    sums.add(torch.tensor([0.0, 4.0]), torch.tensor([0.0, 2.0]))
+    bound, error = sums.estimate()
+    assert bound == 2.0
+    assert math.isnan(error)
+
+
 def test_what_is_absent_does_not_matter_and_what_is_given_does():
     model = transformer()
     one, other = (document(("v", [1, 2]), ("a", codes)) for codes in ([2, 0], [0, 1]))
@@ -215,7 +257,7 @@ def test_every_number_of_ranks_measures_the_same(tmp_path):
     model = transformer(data.vocabulary)
     for mode in ("joint", "text/conditional"):
         sums = [
-            torch.stack([torch.stack(likelihood(model, data.vocabulary, batch, mode)) for batch in batches]).sum(0)
+            sum(torch.stack(likelihood(model, data.vocabulary, batch, mode)).sum(1) for batch in batches)
             for batches in served.values()
         ]
         assert float(sums[0][1]) == 15 * (1 + (mode == "joint"))

@@ -45,7 +45,11 @@ def test_training_saves_logs_and_previews(trained):
         "validation/text/conditional",
         "validation/text/unconditional",
         "validation/joint",
+        "validation/joint_standard_error",
     } <= set(values)
+    errors = values["validation/joint_standard_error"]
+    assert errors.keys() == values["validation/joint"].keys()
+    assert all(0 < error < values["validation/joint"][step] for step, error in errors.items())
     events = EventAccumulator(str(folder / "log"))
     events.Reload()
     assert any("text/0/made" in tag for tag in events.Tags()["tensors"])
