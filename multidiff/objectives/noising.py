@@ -126,12 +126,19 @@ class Noising:
             parts = zip(drawn, lengths, strict=True)
             return torch.cat([torch.rand(n, generator=one.generator, dtype=torch.float64) for one, n in parts])
 
-        process = self.objective.process
-        corrupted = process.corrupt(batch.ids_P, batch.span_P, batch.spread(t_S, 0.0), uniform)
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
-        ids_P = torch.where(absent_P, process.prior(batch.ids_P, batch.span_P, uniform), corrupted.ids_P)
-        bound_weight_S = torch.where(target_S, process.weight(t_S.where(target_S, 1.0)), 0.0)
-        return self._assemble(batch, ids_P, corrupted.predicted_P & target_P, target_P, target_S, bound_weight_S)
+        ids_P, predicted_P, bound_weight_S = batch.ids_P, torch.zeros_like(target_P), torch.zeros_like(t_S)
+        names = list(self.sequencer.vocabulary.tokenizers)
+        for process in dict.fromkeys(self.objective.process_of(name) for name in names):
+            places = [place for place, name in enumerate(names) if self.objective.process_of(name) == process]
+            mine_S = torch.isin(batch.tokenizer_S, torch.tensor(places))
+            corrupted = process.corrupt(ids_P, batch.span_P, batch.spread(t_S.where(mine_S, 0.0), 0.0), uniform)
+            prior_P = process.prior(ids_P, batch.span_P, uniform)
+            ids_P = torch.where(absent_P & batch.spread(mine_S, False), prior_P, corrupted.ids_P)
+            predicted_P = predicted_P | corrupted.predicted_P
+            weighed_S = mine_S & target_S
+            bound_weight_S = torch.where(weighed_S, process.weight(t_S.where(weighed_S, 1.0)), bound_weight_S)
+        return self._assemble(batch, ids_P, predicted_P & target_P, target_P, target_S, bound_weight_S)
 
     def _draw(self, example: Example) -> _Drawn:
         generator = generator_for(self.seed, "noise", example.epoch, example.number)
@@ -150,7 +157,7 @@ class Noising:
                 role = "absent"
             t = 0.0
             if role == "target":
-                t = draw_time(self.seed, example.epoch, example.position, targets)
+                t = draw_time(self.seed, example.epoch, example.position, targets, self.objective.times)
                 targets += task.noise == "independent"
             segments.append(segment)
             roles.append(role)
@@ -169,12 +176,21 @@ class Noising:
         vocabulary, objective = self.sequencer.vocabulary, self.objective
         index_M, sizes = batch.by_span(predicted_P, len(vocabulary.flat_spans))
         segment_M = batch.segment_P[index_M]
-        weights_T = objective.weights(vocabulary)
+        weights_T = objective.token_weights(vocabulary)
         tokenizer_M = batch.tokenizer_S[segment_M]
         bound_M = bound_weight_S[segment_M]
-        loss_M = weights_T[tokenizer_M] * (bound_M if objective.weighting == "elbo" else 1.0)
-        counted_P = target_P if objective.normalisation == "targets" else predicted_P
-        counted_T = torch.bincount(batch.tokenizer_S[batch.segment_P[counted_P]], minlength=len(weights_T))
+        loss_weight_S = weights_T[batch.tokenizer_S] * objective.weights(bound_weight_S, batch.tokenizer_S, vocabulary)
+        counted_P = predicted_P if objective.normalisation == "masked" else target_P
+        counted_S = torch.bincount(batch.segment_P[counted_P], minlength=len(target_S))
+        weighed_S = counted_S * weights_T[batch.tokenizer_S]
+        divisor = weighed_S.sum()
+        if objective.normalisation == "segments":
+            loss_weight_S = loss_weight_S / counted_S.clamp_min(1)
+            divisor = weights_T[batch.tokenizer_S[counted_S > 0]].sum()
+        elif objective.normalisation == "documents":
+            weighed_D = torch.zeros(batch.num_documents, dtype=torch.float64).index_add_(0, batch.document_S, weighed_S)
+            loss_weight_S = loss_weight_S / weighed_D.where(weighed_D > 0, 1.0)[batch.document_S]
+            divisor = (weighed_D > 0).sum()
         tokens_T = torch.zeros(len(weights_T), dtype=torch.int64)
         tokens_T.index_add_(0, batch.tokenizer_S[target_S], batch.divisor_S[target_S])
         return NoisedBatch(
@@ -185,11 +201,11 @@ class Noising:
             index_M=index_M,
             sizes=sizes,
             targets_M=batch.ids_P[index_M] - vocabulary.span_starts[batch.span_P[index_M]],
-            loss_weights_M=loss_M.float(),
+            loss_weights_M=loss_weight_S[segment_M].float(),
             bound_weights_M=bound_M.float(),
             tokenizer_M=tokenizer_M,
             tokens=tokens_T.tolist(),
-            loss_divisor=(counted_T * weights_T).sum().float(),
+            loss_divisor=divisor.float(),
             num_documents=batch.num_documents,
         )
 

@@ -1,19 +1,24 @@
-"""The diffusion objective: a forward process, and how cross-entropies become one training loss.
+"""The diffusion objective: forward processes, and how cross-entropies become one training loss.
 
-Shape suffixes: M positions of the loss, T tokenizers.
+Shape suffixes: S segments, M positions of the loss, T tokenizers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from multidiff.objectives.times import SMALLEST
 from multidiff.processes import Absorbing, Process
 from multidiff.sequence.vocabulary import SharedVocabulary
+
+Weighting = Literal["elbo", "uniform", "clipped", "softmin"]
+Normalisation = Literal["targets", "masked", "segments", "documents"]
 
 
 @dataclass(frozen=True)
@@ -21,30 +26,89 @@ class Objective:
     """The forward process that the model learns to undo, and how much each token weighs in the loss.
 
     With a time t per segment the loss trains every conditional but bounds nothing joint. With one t shared by a
-    document's targets and the weighting "elbo" it bounds their joint likelihood.
+    document's targets, the weighting "elbo" and all times, it bounds their joint likelihood. What is logged as
+    train/TOKENIZER always has the weight of the bound.
 
     Attributes:
         process: the forward process, as `multidiff.processes.Process`.
-        weighting: "elbo", the weight w(t) of the bound; "none", 1 for every cross-entropy (as MaskGIT and MUSE train).
-        normalisation: divide by "targets", all target tokens (as LLaDA does), or by "masked", those with a loss.
+        processes: tokenizer name -> its own forward process, where it has one.
+        weighting: the weight of a cross-entropy at time t, for all tokenizers or by name ("elbo" where not named).
+            "elbo": w(t) of the bound. "uniform": 1 (as MaskGIT and MUSE train). "clipped": min(w(t), γ), as min-SNR
+            (Hang et al. 2023, arXiv 2303.09556). "softmin": γ w(t) / (γ + w(t)), its smooth form, as soft-min-SNR
+            (Crowson et al. 2024, arXiv 2401.11605).
+        weight_limit: γ.
+        normalisation: divide by "targets", all target tokens (as LLaDA does), or by "masked", those with a loss; or
+            take the mean over the targets of a segment and then over "segments", or over the targets of a document and
+            then over "documents". All are over a whole optimizer step.
         loss_weights: tokenizer name -> what a token of it counts, in the sum and in what that is divided by; 1 where
             not named. A caption has few tokens beside a picture's: more than 1 keeps it from drowning.
+        times: the range that times are drawn from, uniformly. A narrower one leaves out noise that is too little or too
+            much to learn from (Arriola et al. 2025, BD3-LM, arXiv 2503.09573, section 4), and the loss bounds nothing.
+
+    Raises:
+        ValueError: a value outside of these.
     """
 
     process: Process = field(default_factory=Absorbing)
-    weighting: Literal["elbo", "none"] = "elbo"
-    normalisation: Literal["targets", "masked"] = "targets"
+    processes: dict[str, Process] = field(default_factory=dict)
+    weighting: Weighting | dict[str, Weighting] = "elbo"
+    weight_limit: float = 5.0
+    normalisation: Normalisation = "targets"
     loss_weights: dict[str, float] = field(default_factory=dict)
+    times: tuple[float, float] = (SMALLEST, 1.0)
 
     def __post_init__(self) -> None:
         for name, value in self.loss_weights.items():
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"The objective's loss weight of {name!r} must be a number above 0, not {value!r}.")
-        if self.weighting not in ("elbo", "none"):
-            raise ValueError(f"The objective's weighting must be elbo or none, not {self.weighting!r}.")
-        if self.normalisation not in ("targets", "masked"):
-            raise ValueError(f"The objective's normalisation must be targets or masked, not {self.normalisation!r}.")
+        known = get_args(Weighting)
+        for value in self.weighting.values() if isinstance(self.weighting, Mapping) else [self.weighting]:
+            if value not in known:
+                raise ValueError(f"The objective's weighting must be {' or '.join(known)}, not {value!r}.")
+        if not isinstance(self.weight_limit, int | float) or not 0 < self.weight_limit < math.inf:
+            raise ValueError(f"The objective's weight_limit must be a number above 0, not {self.weight_limit!r}.")
+        known = get_args(Normalisation)
+        if self.normalisation not in known:
+            raise ValueError(f"The objective's normalisation must be {' or '.join(known)}, not {self.normalisation!r}.")
+        low, high = self.times
+        if not SMALLEST <= low < high <= 1:
+            raise ValueError(f"The objective's times must be a range within [{SMALLEST}, 1], not {list(self.times)}.")
 
-    def weights(self, vocabulary: SharedVocabulary) -> Tensor:
+    def check(self, vocabulary: SharedVocabulary) -> None:
+        """Refuse settings of tokenizers that do not exist.
+
+        Raises:
+            ValueError: it names the tokenizer.
+        """
+        weighted = self.weighting if isinstance(self.weighting, Mapping) else {}
+        for name in (*self.loss_weights, *self.processes, *weighted):
+            vocabulary.layout(name)
+
+    def process_of(self, name: str) -> Process:
+        """The forward process of a tokenizer."""
+        return self.processes.get(name, self.process)
+
+    def token_weights(self, vocabulary: SharedVocabulary) -> Tensor:
         """float64 [T]: what a token of each tokenizer counts."""
         return torch.tensor([self.loss_weights.get(name, 1.0) for name in vocabulary.tokenizers], dtype=torch.float64)
+
+    def weights(self, bound_S: Tensor, tokenizer_S: Tensor, vocabulary: SharedVocabulary) -> Tensor:
+        """The weight of a cross-entropy of each segment, without what a token of its tokenizer counts.
+
+        Args:
+            bound_S: w(t) of each segment.
+            tokenizer_S: the place of its tokenizer in the vocabulary.
+        """
+        if isinstance(self.weighting, Mapping):
+            named = [self.weighting.get(name, "elbo") for name in vocabulary.tokenizers]
+        else:
+            named = [self.weighting] * len(vocabulary.tokenizers)
+        limit = self.weight_limit
+        table = {
+            "elbo": bound_S,
+            "uniform": torch.ones_like(bound_S),
+            "clipped": bound_S.clamp_max(limit),
+            "softmin": limit * bound_S / (limit + bound_S),
+        }
+        weight_TS = torch.stack([table[weighting] for weighting in named])
+        return weight_TS[tokenizer_S, torch.arange(len(tokenizer_S))]

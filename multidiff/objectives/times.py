@@ -40,9 +40,11 @@ def spread_uniform(seed: int, epoch: int, position: int, axis: int) -> float:
     return (_offset(seed, epoch, axis) + position * _STEPS[axis]) % 1.0
 
 
-def draw_time(seed: int, epoch: int, position: int, axis: int) -> float:
-    """A time t in [10⁻³, 1): below, the bound's weight 1/t makes gradients of rare events too large to learn from."""
-    return SMALLEST + (1 - SMALLEST) * spread_uniform(seed, epoch, position, axis)
+def draw_time(seed: int, epoch: int, position: int, axis: int, times: tuple[float, float] = (SMALLEST, 1.0)) -> float:
+    """A time t in a range, by default [10⁻³, 1): below, the bound's weight 1/t makes gradients of rare events too large
+    to learn from."""
+    low, high = times
+    return low + (high - low) * spread_uniform(seed, epoch, position, axis)
 
 
 @lru_cache(maxsize=64)

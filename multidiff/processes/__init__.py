@@ -2,6 +2,16 @@
 
 from multidiff.processes.absorbing import Absorbing
 from multidiff.processes.process import CorruptedTokens, Process
-from multidiff.processes.schedules import Cosine, LogLinear, Schedule
+from multidiff.processes.schedules import Cosine, CosineSquared, Geometric, LogLinear, Polynomial, Schedule
 
-__all__ = ["Absorbing", "CorruptedTokens", "Cosine", "LogLinear", "Process", "Schedule"]
+__all__ = [
+    "Absorbing",
+    "CorruptedTokens",
+    "Cosine",
+    "CosineSquared",
+    "Geometric",
+    "LogLinear",
+    "Polynomial",
+    "Process",
+    "Schedule",
+]

@@ -30,6 +30,9 @@ class Absorbing(Process):
 
     schedule: Schedule = field(default_factory=LogLinear)
 
+    def __post_init__(self) -> None:
+        self.schedule.check()
+
     def corrupt(self, ids_P: Tensor, span_P: Tensor, t_P: Tensor, uniform: Uniform) -> CorruptedTokens:
         """Mask tokens with probability 1 - α(t), where t > 0."""
         probability_P = torch.where((span_P >= 0) & (t_P > 0), 1 - self.schedule.alpha(t_P), 0.0)

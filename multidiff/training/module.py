@@ -78,8 +78,7 @@ class MaskedDiffusionModule(LightningModule):
         self._labels += dict.fromkeys(
             label for task in self.tasks for label in task.roles if label not in (OTHERS, *self._labels)
         )
-        for name in objective.loss_weights:
-            self.vocabulary.layout(name)
+        objective.check(self.vocabulary)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.likelihood_draws = likelihood_draws

@@ -165,7 +165,7 @@ def _as_rows(batch: NoisedBatch, vocabulary: SharedVocabulary, size: int) -> tup
 
 
 def _batches(vocabulary: SharedVocabulary, size: int, length: int, number: int) -> list[NoisedBatch]:
-    noising = Noising(Sequencer({}, vocabulary), [Task({"others": "target"})], Objective(weighting="none"), 0)
+    noising = Noising(Sequencer({}, vocabulary), [Task({"others": "target"})], Objective(weighting="uniform"), 0)
     document = [_segment(name, length, vocabulary) for name in vocabulary.tokenizers]
     return [noising([Example(document, 0, step * size + i, i) for i in range(size)]) for step in range(number)]
 

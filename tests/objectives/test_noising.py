@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multidiff.objectives import Noising, Objective, Task
-from multidiff.objectives.times import draw_time
-from multidiff.processes import Absorbing, Cosine, LogLinear
+from multidiff.objectives.times import SMALLEST, draw_time
+from multidiff.processes import Absorbing, Cosine, CosineSquared, Geometric, LogLinear, Polynomial
 from multidiff.sequence import MASK, Example, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.toys import Frames, Grid, generator
@@ -165,11 +165,20 @@ def test_noise_differs_by_seed_epoch_and_document():
         assert not any(torch.equal(one, other) for other in ids[:place])
 
 
-@pytest.mark.parametrize("schedule", [LogLinear(), Cosine()])
-@pytest.mark.parametrize("weighting", ["elbo", "none"])
-@pytest.mark.parametrize("normalisation", ["targets", "masked"])
+WEIGHTS = {
+    "elbo": lambda w: w,
+    "uniform": lambda w: 1.0,
+    "clipped": lambda w: min(w, 3.0),
+    "softmin": lambda w: 1 / (1 / w + 1 / 3.0),
+}
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(), Cosine(), Geometric()])
+@pytest.mark.parametrize("weighting", WEIGHTS)
+@pytest.mark.parametrize("normalisation", ["targets", "masked", "segments", "documents"])
 def test_the_loss_is_the_one_written_out(schedule, weighting, normalisation):
-    """Sum over masked targets of weight · w(t) · nats, and what it is divided by, token by token."""
+    """Sum over masked targets of weight · w(t) · nats, and what it is divided by, token by token. One of the tokenizers
+    has a process of its own."""
     task = {"roles": {"v": "target", "answer": "target", "b": "absent", "gone": "removed"}}
     documents = [
         document(
@@ -177,46 +186,64 @@ def test_the_loss_is_the_one_written_out(schedule, weighting, normalisation):
         )
         for length in (0, 3, 1, 9, 2)
     ]
-    weights = {"a": 5.0}
+    weights, schedules, times = {"a": 5.0}, {"v": schedule, "a": Polynomial(2.0)}, (0.2, 0.7)
     make = noising(
-        task, process=Absorbing(schedule), weighting=weighting, normalisation=normalisation, loss_weights=weights
+        task,
+        process=Absorbing(schedule),
+        processes={"a": Absorbing(schedules["a"])},
+        weighting=weighting,
+        weight_limit=3.0,
+        normalisation=normalisation,
+        loss_weights=weights,
+        times=times,
     )
     examples = examples_of(documents)
     made = make(examples)
     nats_P = torch.rand(len(made.ids_P), generator=generator(), dtype=torch.float64).tolist()
-    total = divisor = 0.0
+    of_documents = []  # of each, the (weight of a token, whether it counts, its weighted nats) of its segments' tokens
     bound, tokens = dict.fromkeys(TOKENIZERS, 0.0), dict.fromkeys(TOKENIZERS, 0)
     losses = {}
     place = 0
     for example in sorted(examples, key=lambda example: len(example.document[0])):
         place += 1
         targets = 0
+        of_documents.append([])
         for segment in example.document[:4]:
             place += 1
-            target = segment.label in ("v", "answer")
-            if target:
-                t = draw_time(0, 0, example.position, targets)
+            if target := segment.label in ("v", "answer"):
+                u = (draw_time(0, 0, example.position, targets) - SMALLEST) / (1 - SMALLEST)
+                t = torch.tensor(times[0] + (times[1] - times[0]) * u, dtype=torch.float64)
                 targets += 1
-                alpha, slope = (
-                    float(f(torch.tensor(t, dtype=torch.float64))) for f in (schedule.alpha, schedule.derivative)
-                )
-                w = -slope / (1 - alpha)
+                of_tokenizer = schedules[segment.tokenizer]
+                w = float(-of_tokenizer.derivative(t) / (1 - of_tokenizer.alpha(t)))
                 tokens[segment.tokenizer] += segment.content + (segment.tokenizer == "v")
+                of_documents[-1].append([])
             for local, level in zip(segment.ids_N.tolist(), segment.levels_N.tolist(), strict=True):
                 masked = int(made.ids_P[place]) == MASK
                 if target:
-                    each = weights.get(segment.tokenizer, 1.0)
-                    divisor += each * (masked or normalisation == "targets")
+                    nats = masked * WEIGHTS[weighting](w) * nats_P[place]
+                    each, counts = weights.get(segment.tokenizer, 1.0), masked or normalisation != "masked"
+                    of_documents[-1][-1].append((each, counts, nats))
                     if masked:
-                        total += each * (w if weighting == "elbo" else 1.0) * nats_P[place]
                         bound[segment.tokenizer] += w * nats_P[place]
                         losses[place] = (VOCABULARY.spans[segment.tokenizer][level], local)
                 place += 1
             place += 1
     assert place == len(made.ids_P)
+
+    def mean(triples):
+        return sum(each * nats for each, _, nats in triples) / sum(each for each, counts, _ in triples if counts)
+
+    segments = [segment for some in of_documents for segment in some]
+    if normalisation == "segments":
+        expected = mean([(segment[0][0], True, mean(segment)) for segment in segments])
+    elif normalisation == "documents":
+        whole = [[token for segment in some for token in segment] for some in of_documents]
+        expected = sum(mean(some) for some in whole) / len(whole)
+    else:
+        expected = mean([token for segment in segments for token in segment])
     nats_M = torch.tensor(nats_P, dtype=torch.float64)[made.index_M]
-    assert float((nats_M * made.loss_weights_M).sum()) == pytest.approx(total, rel=1e-6)
-    assert float(made.loss_divisor) == pytest.approx(divisor, rel=1e-6)
+    assert float((nats_M * made.loss_weights_M).sum() / made.loss_divisor) == pytest.approx(expected, rel=1e-6)
     assert made.tokens == tuple(tokens.values())
     for name, value in bound.items():
         mine_M = made.tokenizer_M == list(TOKENIZERS).index(name)
@@ -228,14 +255,18 @@ def test_the_loss_is_the_one_written_out(schedule, weighting, normalisation):
     assert len(found) == len(losses)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_shared_noise_bounds_the_joint_and_independent_noise_does_not(shared):
-    """Two copied segments of n = 8 equal bits, seen by a model that knows: the joint NLL is log 2, independent times
-    give 2 log 2 / (n + 1) = 0.154. Within 4 standard errors, which independent documents would have."""
+EXACT = [LogLinear(0.0), Cosine(0.0), CosineSquared(0.0), Polynomial(2.0, 0.0), Geometric()]
+
+
+@pytest.mark.parametrize(("schedule", "shared"), [*((schedule, True) for schedule in EXACT), (LogLinear(0.0), False)])
+def test_shared_noise_bounds_the_joint_and_independent_noise_does_not(schedule, shared):
+    """Two copied segments of n = 8 equal bits, seen by a model that knows: the joint NLL is log 2, whatever the
+    schedule. Independent times of the log-linear one give 2 log 2 / (n + 1) = 0.154. Within 4 standard errors, which
+    independent documents would have."""
     count = 4000
     task = {"roles": {"others": "target"}, "noise": "shared" if shared else "independent"}
     documents = [document(("a", [i % 2] * 8), ("b", [i % 2] * 8)) for i in range(count)]
-    made = noising(task, process=Absorbing(LogLinear(0.0)))(examples_of(documents))
+    made = noising(task, process=Absorbing(schedule))(examples_of(documents))
     masked_DN = (made.ids_P == MASK).view(count, -1)
     document_M = made.index_M // masked_DN.shape[1]
     blind_D = masked_DN.sum(1) == 16  # half and half where all is masked, else certain

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from multidiff.processes import Absorbing, Cosine, LogLinear
+from multidiff.processes import Absorbing, Cosine, CosineSquared, Geometric, LogLinear, Polynomial
 from multidiff.sequence import MASK
 from tests.helpers.toys import generator
 
-SCHEDULES = [LogLinear(), LogLinear(0.0), Cosine(), Cosine(0.0)]
+SCHEDULES = [LogLinear(), LogLinear(0.0), Cosine(), Cosine(0.0), CosineSquared(), Polynomial(3.0), Geometric()]
 IDS_P = torch.tensor([2, 5, 9, 10, 9, 6])
 SPAN_P = torch.tensor([-1, -1, 0, 1, 0, -1])
 
@@ -29,7 +29,7 @@ def test_a_token_is_masked_with_probability_one_minus_alpha(schedule):
     assert below.predicted_P.tolist() == [False, False, True, False, False, False]
 
 
-@pytest.mark.parametrize("schedule", [LogLinear(), Cosine(0.1)])
+@pytest.mark.parametrize("schedule", [LogLinear(), Cosine(0.05), CosineSquared(), Polynomial(), Geometric()])
 @pytest.mark.parametrize("t", [0.3, 1.0])
 def test_the_share_of_masks_follows_the_schedule(schedule, t):
     """Within 4 standard deviations: it fails by chance once in 16,000 times."""

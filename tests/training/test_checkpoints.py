@@ -205,7 +205,7 @@ def test_averaging_starts_in_time_with_accumulation(data, tmp_path):
 def test_the_logged_loss_is_that_of_its_batch(data, tmp_path):
     """With accumulation too: near log 257 a token for an untrained model, however long the documents are."""
     made = settings(tmp_path, data, max_steps=2, accumulate_grad_batches=4)
-    made["model"]["init_args"]["objective"] = {"weighting": "none", "normalisation": "masked"}
+    made["model"]["init_args"]["objective"] = {"weighting": "uniform", "normalisation": "masked"}
     fit(tmp_path, made)
     assert all(4 < loss < 7 for loss in scalars(tmp_path)["loss"].values())
 
