@@ -38,7 +38,9 @@ from multidiff.models.sizes import prepares_shapes, shared_size
 from multidiff.sequence.vocabulary import Span
 
 INITIAL_STD = 0.02
-_LOGITS = 2**25  # elements of the logits that a loss holds at once
+_LOGITS = 2**25  # elements of the logits that a loss keeps for backward
+_CHUNK = 2**22  # elements of a chunk, where it keeps none: larger tensors get new memory, page by page, each time
+_ROWS = 256  # of a chunk at least, or the gradients of the head's weight would cost more than the products
 
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
@@ -247,11 +249,12 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
 def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
     """-log softmax(h Wᵀ) at the targets, nats, fp32 (fp64 for fp64 weights), [N].
 
-    Where logits would have more elements than are held at once, they are computed in chunks, and again in backward.
+    Where logits would have more elements than are kept for backward, they are computed in chunks, and again in
+    backward.
     """
-    chunk = max(1, _LOGITS // len(weight_VD))
-    if len(target_N) <= chunk:
+    if len(target_N) * len(weight_VD) <= _LOGITS:
         return _cross_entropy(hidden_ND, weight_VD, target_N)
+    chunk = max(_ROWS, _CHUNK // len(weight_VD))
     parts = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
     nats = [checkpoint(_cross_entropy, hidden, weight_VD, target, use_reentrant=False) for hidden, target in parts]
     return torch.cat(nats)  # pyright: ignore[reportArgumentType]

@@ -233,7 +233,8 @@ def test_cross_entropies_are_those_of_the_logits(monkeypatch, elements):
         for logits_NV, target_N in zip(logits, targets.split([len(x) for x in logits]), strict=True)
     ]
     if elements:
-        monkeypatch.setattr(module, "_LOGITS", elements)
+        for limit, value in (("_LOGITS", elements), ("_CHUNK", elements), ("_ROWS", 1)):
+            monkeypatch.setattr(module, limit, value)
     nats = model(*arguments, targets=targets)
     weights = torch.rand(len(targets), generator=generator(), dtype=torch.float64)
     gradients = []
@@ -269,7 +270,8 @@ def test_a_loss_holds_few_logits_at_once(monkeypatch):
     batch = sequencer.batch([document] * 10)
     index_N = torch.nonzero(batch.span_P >= 0).flatten()
     (span,) = vocabulary.spans["picture"]
-    monkeypatch.setattr(module, "_LOGITS", 60_000)
+    for limit, value in (("_LOGITS", 60_000), ("_CHUNK", 60_000), ("_ROWS", 1)):
+        monkeypatch.setattr(module, limit, value)
     with Largest() as largest:
         (nats,) = run(model, batch, [(index_N, span)], targets=batch.ids_P[index_N] - span[0])
         nats.sum().backward()
