@@ -127,7 +127,7 @@ def test_tasks_are_tasks(page):
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_settings_of_samplers_are_valid(code):
     for name, settings in yaml.safe_load(code).items():
-        if isinstance(settings, dict) and not settings.keys() & {"plugin", "class_path", "weighting"}:
+        if isinstance(settings, dict) and not settings.keys() & {"plugin", "class_path", "weighting", "process"}:
             MaskSampler.from_settings(settings, name)
 
 
@@ -189,4 +189,7 @@ def test_commands_exist(code):
                 origin = Path(str(spec and spec.origin))
                 check_options(rest, origin.parent / "__main__.py" if origin.name == "__init__.py" else origin)
             case ["python", script, *rest] if script.startswith("scripts/"):
+                if "--" in rest:  # options of a training follow
+                    check_training(rest[rest.index("--") + 1 :])
+                    rest = rest[: rest.index("--")]
                 check_options(rest, ROOT / script)

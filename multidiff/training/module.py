@@ -166,7 +166,7 @@ class MaskedDiffusionModule(LightningModule):
             if estimate:
                 bound, error = estimate
                 self.log(f"{stage}/{mode}", bound, prog_bar=mode == "joint", rank_zero_only=True)
-                self.log(f"{stage}/{mode}_standard_error", error, rank_zero_only=True)
+                self.log(f"standard_error/{stage}/{mode}", error, rank_zero_only=True)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The layers' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""

@@ -45,9 +45,9 @@ def test_training_saves_logs_and_previews(trained):
         "validation/text/conditional",
         "validation/text/unconditional",
         "validation/joint",
-        "validation/joint_standard_error",
+        "standard_error/validation/joint",
     } <= set(values)
-    errors = values["validation/joint_standard_error"]
+    errors = values["standard_error/validation/joint"]
     assert errors.keys() == values["validation/joint"].keys()
     assert all(0 < error < values["validation/joint"][step] for step, error in errors.items())
     events = EventAccumulator(str(folder / "log"))
