@@ -1,8 +1,8 @@
 """Sizes that many batches share.
 
-In half precision on a CPU, a matrix product is prepared anew (by oneDNN) for every shape that it has not met: for small
-models this takes as long as a third of the arithmetic. Batches of documents hardly ever have the same number of tokens,
-so that sizes are rounded up to eight per octave: at most an eighth is computed in vain, and shapes come again.
+In half precision on a CPU, oneDNN prepares a matrix product for every shape that it has not met yet. For a small model
+this takes a third of a training step. Batches of documents hardly ever have the same number of tokens, so sizes are
+rounded up to eight per octave: at most an eighth is computed in vain, and shapes come again.
 """
 
 from __future__ import annotations
