@@ -11,11 +11,13 @@ from torch import Tensor
 
 from multidiff.data.batches import DocumentKey
 from multidiff.data.length import Selection
-from multidiff.seeding import generator_for
+from multidiff.seeding import key_for, uniforms
 from multidiff.sequence import Example, Segment, Sequencer
 from multidiff.sequence.seen import most_units
 from multidiff.tokenizer import Codes
 
+_NUMBERS = 3  # of a segment: two for its padding, one for its place
+_MOST_KEPT = 512  # canvases
 _USUAL = 0.5  # of the canvases have the usual size, where the item fits it
 
 
@@ -42,7 +44,7 @@ class Documents(torch.utils.data.Dataset):
     ):
         self.rows, self.selection, self.sequencer = rows.with_format("arrow"), selection, sequencer
         self.usual, self.max_eos_padding, self.seed, self.shuffled = usual, max_eos_padding, seed, shuffled
-        self._sizes: dict[str, dict[str, int]] = {}
+        self._canvases: dict[tuple[str, str], Codes] = {}
 
     def __len__(self) -> int:
         return len(self.selection.rows)
@@ -52,11 +54,12 @@ class Documents(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence[DocumentKey]) -> list[Example]:
         rows = self._rows([key.index for key in keys])
-        examples = []
-        for key, row in zip(keys, rows, strict=True):
-            generator = generator_for(self.seed, "document", key.epoch, key.index)
-            examples.append(Example(self._document(generator, row), key.epoch, key.position, key.index, key.counts))
-        return examples
+        counts = [_NUMBERS * len(row) for row in rows]
+        numbers = uniforms([key_for(self.seed, "document", key.epoch, key.index) for key in keys], counts)
+        return [
+            Example(self._document(row, drawn.tolist()), key.epoch, key.position, key.index, key.counts)
+            for key, row, drawn in zip(keys, rows, numbers.split(counts), strict=True)
+        ]
 
     def codes(self, index: int) -> list[tuple[str, Codes]]:
         """The codes of a document, with the names of their tokenizers."""
@@ -83,28 +86,31 @@ class Documents(torch.utils.data.Dataset):
         return rows
 
     def _codes(self, name: str, ids_N: Tensor, size: str) -> Codes:
-        if size not in self._sizes:
-            self._sizes[size] = json.loads(size)
-        canvas = self.sequencer.canvas(name, self._sizes[size])
+        if (name, size) not in self._canvases:
+            if len(self._canvases) == _MOST_KEPT:
+                self._canvases.clear()
+            self._canvases[name, size] = self.sequencer.canvas(name, json.loads(size))
+        canvas = self._canvases[name, size]
         return Codes(ids_N, canvas.levels_N, canvas.coords_N3, canvas.size)
 
-    def _document(self, generator: torch.Generator, row: Sequence[tuple[str, str, Tensor, str, bool]]) -> list[Segment]:
+    def _document(self, row: Sequence[tuple[str, str, Tensor, str, bool]], numbers: Sequence[float]) -> list[Segment]:
         segments = []
-        for name, label, ids_N, size, ends in row:
+        for place, (name, label, ids_N, size, ends) in enumerate(row):
             codes, padding = self._codes(name, ids_N, size), 0
             if ends and self.sequencer.vocabulary.tokenizers[name].variable_length:
-                padding = self._padding(name, next(iter(codes.size.values())), generator)
+                choice, more = numbers[2 * place : 2 * place + 2]
+                padding = self._padding(name, next(iter(codes.size.values())), choice, more)
             segments.append(self.sequencer.given(name, codes, padding, label))
         if self.shuffled:
-            segments = [segments[place] for place in torch.randperm(len(segments), generator=generator).tolist()]
+            order = numbers[2 * len(row) :]
+            segments = [segments[place] for place in sorted(range(len(row)), key=order.__getitem__)]
         return segments
 
-    def _padding(self, name: str, length: int, generator: torch.Generator) -> int:
+    def _padding(self, name: str, length: int, choice: float, more: float) -> int:
         """Units of EOS behind an item. A model that always sees them in proportion to the item takes the size of a
         canvas for the length of what belongs on it, so half of the canvases are as large as a blank of generation."""
         usual = self.usual.get(name, 0)
         most = most_units(length, usual, self.max_eos_padding.get(name))
-        choice, place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         if name not in self.max_eos_padding and length < usual and choice < _USUAL:
             return usual - length
-        return 1 + int(place * (most - length))
+        return 1 + int(more * (most - length))

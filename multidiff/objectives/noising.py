@@ -9,8 +9,10 @@ Shape suffixes: P tokens of the batch, S segments, M positions of the loss order
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from multidiff.objectives.objective import Objective
 from multidiff.objectives.tasks import Task, choose_task, fitting_tasks
 from multidiff.objectives.times import draw_time
-from multidiff.seeding import generator_for
+from multidiff.seeding import key_for, uniforms
 from multidiff.sequence import Example, Segment, Sequencer, TokenBatch
 from multidiff.sequence.vocabulary import SharedVocabulary, Span
 
@@ -115,16 +117,15 @@ class Noising:
         Raises:
             ValueError: no task applies to a document.
         """
-        drawn = sorted((self._draw(example) for example in examples), key=lambda one: one.length)
+        drawn = sorted(self._draw(examples), key=lambda one: one.length)
         batch = self.sequencer.batch([one.segments for one in drawn])
         target_S = torch.tensor([role == "target" for one in drawn for role in one.roles])
         absent_S = torch.tensor([role == "absent" for one in drawn for role in one.roles])
         t_S = torch.tensor([t for one in drawn for t in one.times], dtype=torch.float64)
-        lengths = batch.document_starts.diff().tolist()
+        keys, lengths, blocks = [one.key for one in drawn], [one.length for one in drawn], itertools.count(1)
 
         def uniform() -> Tensor:
-            parts = zip(drawn, lengths, strict=True)
-            return torch.cat([torch.rand(n, generator=one.generator, dtype=torch.float64) for one, n in parts])
+            return uniforms(keys, lengths, next(blocks))
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
         ids_P, predicted_P, bound_weight_S = batch.ids_P, torch.zeros_like(target_P), torch.zeros_like(t_S)
@@ -140,29 +141,32 @@ class Noising:
             bound_weight_S = torch.where(weighed_S, process.weight(t_S.where(weighed_S, 1.0)), bound_weight_S)
         return self._assemble(batch, ids_P, predicted_P & target_P, target_P, target_S, bound_weight_S)
 
-    def _draw(self, example: Example) -> _Drawn:
-        generator = generator_for(self.seed, "noise", example.epoch, example.number)
-        uniform, *dropped = torch.rand(1 + len(example.document), generator=generator, dtype=torch.float64).tolist()
-        labels = tuple(segment.label for segment in example.document)
-        if labels not in self._fitting:
-            self._fitting[labels] = fitting_tasks(self.tasks, labels)
-        task = choose_task(self._fitting[labels], uniform)
-        segments, roles, times = [], [], []
-        targets = 0
-        for segment, number in zip(example.document, dropped, strict=True):
-            role = task.role_of(segment.label)
-            if role == "removed":
-                continue
-            if role == "given" and number < task.condition_dropout:
-                role = "absent"
-            t = 0.0
-            if role == "target":
-                t = draw_time(self.seed, example.epoch, example.position, targets, self.objective.times)
-                targets += task.noise == "independent"
-            segments.append(segment)
-            roles.append(role)
-            times.append(t)
-        return _Drawn(segments, roles, times, generator)
+    def _draw(self, examples: Sequence[Example]) -> Iterator[_Drawn]:
+        """The roles and times of each document."""
+        keys = [key_for(self.seed, "noise", example.epoch, example.number) for example in examples]
+        counts = [1 + len(example.document) for example in examples]
+        numbers = uniforms(keys, counts).split(counts)
+        for example, key, (choice, *dropped) in zip(examples, keys, (part.tolist() for part in numbers), strict=True):
+            labels = tuple(segment.label for segment in example.document)
+            if labels not in self._fitting:
+                self._fitting[labels] = fitting_tasks(self.tasks, labels)
+            task = choose_task(self._fitting[labels], choice)
+            segments, roles, times = [], [], []
+            targets = 0
+            for segment, number in zip(example.document, dropped, strict=True):
+                role = task.role_of(segment.label)
+                if role == "removed":
+                    continue
+                if role == "given" and number < task.condition_dropout:
+                    role = "absent"
+                t = 0.0
+                if role == "target":
+                    t = draw_time(self.seed, example.epoch, example.position, targets, self.objective.times)
+                    targets += task.noise == "independent"
+                segments.append(segment)
+                roles.append(role)
+                times.append(t)
+            yield _Drawn(segments, roles, times, key, 1 + sum(len(segment) + 2 for segment in segments))
 
     def _assemble(
         self,
@@ -210,13 +214,9 @@ class Noising:
         )
 
 
-@dataclass(frozen=True)
-class _Drawn:
+class _Drawn(NamedTuple):
     segments: list[Segment]
     roles: list[str]
     times: list[float]
-    generator: torch.Generator
-
-    @property
-    def length(self) -> int:
-        return 1 + sum(len(segment) + 2 for segment in self.segments)
+    key: int
+    length: int  # tokens

@@ -36,6 +36,7 @@ class Layout(NamedTuple):
         positions_T3: int64, positions relative to that of the begin token.
         coords_T3: int64, coordinates of the codes; -1 at structure.
         span_T: int64, index of each code's span in the vocabulary; -1 at structure.
+        tokens: T.
         extent: position of the end token relative to that of the begin token.
         place: place of the tokenizer in the vocabulary.
         varies: whether the length of its items varies.
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
     positions_T3: Tensor
     coords_T3: Tensor
     span_T: Tensor
+    tokens: int
     extent: int
     place: int
     varies: bool
@@ -121,11 +123,10 @@ def lay_out(documents: Sequence[Document], layouts: Sequence[Sequence[Layout]]) 
     segments = [segment for document in documents for segment in document]
     flat = [layout for of_document in layouts for layout in of_document]
     number_D = torch.tensor([len(document) for document in documents])
-    length_S = torch.tensor([len(segment) for segment in segments])
     document_S = torch.repeat_interleave(number_D)
     first_D = number_D.cumsum(0) - number_D
     # Tokens: one of <bos> for each document, and T = N + 2 for each segment.
-    tokens_S = length_S + 2
+    tokens_S = torch.tensor([layout.tokens for layout in flat])
     tokens_D = torch.ones_like(number_D).index_add(0, document_S, tokens_S)
     starts = torch.zeros(len(documents) + 1, dtype=torch.int32)
     starts[1:] = tokens_D.cumsum(0)
@@ -162,11 +163,11 @@ def lay_out(documents: Sequence[Document], layouts: Sequence[Sequence[Layout]]) 
         known_P=known_P,
         document_starts=starts,
         start_S=begin_S + 1,
-        length_S=length_S,
+        length_S=tokens_S - 2,
         tokenizer_S=torch.tensor([layout.place for layout in flat]),
         document_S=document_S,
         divisor_S=torch.tensor(
-            [min(s.content + layout.varies, len(s)) for s, layout in zip(segments, flat, strict=True)]
+            [min(s.content + layout.varies, layout.tokens - 2) for s, layout in zip(segments, flat, strict=True)]
         ),
         labels=tuple(segment.label for segment in segments),
     )

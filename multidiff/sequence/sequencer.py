@@ -37,7 +37,8 @@ class Sequencer:
         self._places = {name: place for place, name in enumerate(vocabulary.tokenizers)}
         self._canvases: dict[tuple, Codes] = {}
         self._layouts: dict[tuple, Layout] = {}
-        self._all_eos: dict[tuple[str, int], torch.Tensor] = {}
+        self._rooms: dict[tuple[str, int], tuple[Codes, torch.Tensor]] = {}
+        self._known_N = torch.ones(0, dtype=torch.bool)
 
     def canvas(self, name: str, size: Mapping[str, int]) -> Codes:
         """The tokenizer's canvas; kept for the next of its size, so treat it as read-only."""
@@ -88,31 +89,23 @@ class Sequencer:
             padding: where its length varies, units of EOS after the codes; 0 where the item goes on.
             label: what tasks call it; None is the tokenizer's name.
         """
-        ids_N, canvas = codes.ids_N, codes
-        if self.vocabulary.layout(name).variable_length and padding:
-            (unit, length), *_ = codes.size.items()
-            canvas = self.canvas(name, {unit: length + padding})
-            ids_N = torch.cat([ids_N, self._eos(name, canvas)[len(codes) :]])
-        known_N = torch.ones(len(ids_N), dtype=torch.bool)
-        return Segment(
-            name,
-            ids_N,
-            canvas.levels_N,
-            canvas.coords_N3,
-            known_N,
-            len(codes),
-            canvas.size,
-            name if label is None else label,
-        )
-
-    def _eos(self, name: str, canvas: Codes) -> torch.Tensor:
-        """The EOS of every code of a canvas."""
-        key = (name, len(canvas))
-        if key not in self._all_eos:
-            if len(self._all_eos) == _MOST_KEPT:
-                self._all_eos.clear()
-            self._all_eos[key] = self.vocabulary.eos_ids(name, canvas.levels_N)
-        return self._all_eos[key]
+        ids_N, levels_N, coords_N3, size = codes.ids_N, codes.levels_N, codes.coords_N3, codes.size
+        content = length = ids_N.numel()
+        if padding and self.vocabulary.layout(name).variable_length:
+            ((unit, units),) = size.items()
+            key = (name, units + padding)
+            if key not in self._rooms:
+                if len(self._rooms) == _MOST_KEPT:
+                    self._rooms.clear()
+                canvas = self.canvas(name, {unit: units + padding})
+                self._rooms[key] = canvas, self.vocabulary.eos_ids(name, canvas.levels_N)
+            canvas, eos_N = self._rooms[key]
+            levels_N, coords_N3, size = canvas.levels_N, canvas.coords_N3, canvas.size
+            ids_N, length = torch.cat([ids_N, eos_N[content:]]), eos_N.numel()
+        if self._known_N.numel() < length:
+            self._known_N = torch.ones(length, dtype=torch.bool)
+        known_N = self._known_N[:length]
+        return Segment(name, ids_N, levels_N, coords_N3, known_N, content, size, name if label is None else label)
 
     def blank(self, name: str, size: Mapping[str, int]) -> Segment:
         """A segment to be filled in. Where its length varies, an EOS on it ends the content."""
@@ -170,6 +163,7 @@ class Sequencer:
             positions_T3=torch.cat([zero_13, segment.coords_N3 + 1, zero_13 + extent]),
             coords_T3=torch.cat([nowhere, segment.coords_N3, nowhere]),
             span_T=torch.cat([structure_1, vocabulary.first_span[name] + segment.levels_N, structure_1]),
+            tokens=len(segment) + 2,
             extent=extent,
             place=self._places[name],
             varies=vocabulary.tokenizers[name].variable_length,

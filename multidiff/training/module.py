@@ -111,15 +111,23 @@ class MaskedDiffusionModule(LightningModule):
         total = (nats_M * batch.loss_weights_M).sum()
         self.log("loss", (total / batch.loss_divisor.clamp_min(1)).detach(), prog_bar=True, batch_size=1)
         # DDP takes the mean of the ranks' gradients, so the mean of their divisors divides the sum of their losses.
-        self._divisors.append(self.trainer.strategy.reduce(batch.loss_divisor.clone(), reduce_op="mean"))  # pyright: ignore
-        # The divisors of later batches are not known yet. `on_after_backward` scales the gradient once they are.
-        loss = total / self._divisors[0].clamp_min(1)
-        nats_T = nats_M.new_zeros(len(batch.tokens))
-        nats_T.index_add_(0, batch.tokenizer_M, (nats_M * batch.bound_weights_M).detach())
+        divisor = self.trainer.strategy.reduce(batch.loss_divisor.clone(), reduce_op="mean")  # pyright: ignore
+        if self.trainer.accumulate_grad_batches == 1:
+            loss = total / divisor.clamp_min(torch.finfo().tiny)
+        else:
+            # The divisors of later batches are not known yet. `on_after_backward` scales the gradient once they are.
+            self._divisors.append(divisor)
+            loss = total / self._divisors[0].clamp_min(1)
+        interval = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if interval and (self.trainer.global_step + 1) % interval == 0:
+            self._log_bound(nats_M.detach() * batch.bound_weights_M, batch)
+        return loss
+
+    def _log_bound(self, nats_M: Tensor, batch: NoisedBatch) -> None:
+        nats_T = nats_M.new_zeros(len(batch.tokens)).index_add_(0, batch.tokenizer_M, nats_M)
         for place, (name, tokens) in enumerate(zip(self.vocabulary.tokenizers, batch.tokens, strict=True)):
             if tokens:
                 self.log(f"train/{name}", nats_T[place] / tokens, prog_bar=True, batch_size=1)
-        return loss
 
     def on_train_start(self) -> None:
         self._divisors.clear()
@@ -132,7 +140,7 @@ class MaskedDiffusionModule(LightningModule):
     def on_after_backward(self) -> None:
         """Normalise over the optimizer step: all ranks and all accumulated batches, of which Lightning takes the mean
         of their losses."""
-        if self.trainer.fit_loop._should_accumulate():
+        if not self._divisors or self.trainer.fit_loop._should_accumulate():
             return
         counted = torch.stack(self._divisors).sum().clamp_min(torch.finfo().tiny)
         scale = self._divisors[0].clamp_min(1) * self.trainer.accumulate_grad_batches / counted

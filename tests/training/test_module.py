@@ -208,23 +208,25 @@ def noised_batch(module, data):
     return noising(documents.__getitems__(keys))
 
 
-def stub_trainer(accumulate=1):
+def stub_trainer(accumulate=1, step=1):
     return SimpleNamespace(
         strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor),
         fit_loop=SimpleNamespace(_should_accumulate=lambda: False),
         accumulate_grad_batches=accumulate,
+        log_every_n_steps=2,
+        global_step=step,
     )
 
 
-def test_a_step_never_waits_for_the_device(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_never_waits_for_the_device(tmp_path, accumulate):
     """Neither when the batch is sent, nor in the step, nor where the gradient is scaled."""
     data = labelled(tmp_path)
     module = MaskedDiffusionModule(TOKENIZERS, SMALL, objective=Objective(loss_weights={"text": 2.0}))
     batch = noised_batch(module, data)
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: value})
-    trainer = stub_trainer()
-    module.trainer = trainer
+    module.trainer = stub_trainer(accumulate)
     near = float(module.training_step(batch, 0).detach())
     module._divisors.clear()
     assert logged.keys() == {"loss", "train/text", "train/shout"}
@@ -242,3 +244,15 @@ def test_a_step_never_waits_for_the_device(tmp_path):
         assert float(loss.detach()) == pytest.approx(near, rel=1e-6)
     assert len(device.waits) == 1  # the line above: waits are counted
     assert logged["loss"].device == FAR
+
+
+def test_the_bounds_are_logged_as_often_as_the_trainer_logs(tmp_path):
+    data = labelled(tmp_path)
+    module = MaskedDiffusionModule(TOKENIZERS, SMALL)
+    batch = noised_batch(module, data)
+    for step, names in ((0, {"loss"}), (1, {"loss", "train/text", "train/shout"})):
+        logged = {}
+        module.log = lambda name, value, logged=logged, **_: logged.update({name: value})
+        module.trainer = stub_trainer(step=step)
+        module.training_step(batch, 0)
+        assert logged.keys() == names
