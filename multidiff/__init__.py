@@ -7,6 +7,7 @@ from importlib import import_module
 
 __version__ = "0.2.0"
 _HOME = {
+    "AncestralSampler": "samplers",
     "Blank": "generation",
     "Given": "generation",
     "MaskSampler": "samplers",

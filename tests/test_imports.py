@@ -22,9 +22,9 @@ MAY_IMPORT = {
     "processes":   f"{BASE} sequence",
     "objectives":  f"{BASE} sequence processes",
     "models":      f"{BASE} sequence",
-    "samplers":    f"{BASE} sequence",                               # no model: they see logits
-    "checkpoints": f"{BASE} plugins sequence models samplers",       # no pipeline: they see the parts of a model
-    "generation":  f"{BASE} plugins sequence models samplers checkpoints",
+    "samplers":    f"{BASE} sequence processes",                     # no model: they see logits
+    "checkpoints": f"{BASE} plugins sequence processes models samplers",  # no pipeline: they see the parts of a model
+    "generation":  f"{BASE} plugins sequence processes models samplers checkpoints",
     "data":        f"{BASE} plugins sequence",
     "evaluation":  CORE,
     "training":    f"{CORE} evaluation",

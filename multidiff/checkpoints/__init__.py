@@ -6,7 +6,7 @@ Loading a model runs no code from it.
 from multidiff.checkpoints.folder import PATTERNS, load_folder, save
 from multidiff.checkpoints.hub import fetch, is_repository, push
 from multidiff.checkpoints.lightning import KEY, check_checkpoint, load_checkpoint, pack, unpack
-from multidiff.checkpoints.parts import ModelParts, load_samplers
+from multidiff.checkpoints.parts import ModelParts, load_sampler, load_samplers, sampler_settings
 from multidiff.checkpoints.transformer import FLOATS, build_transformer
 
 __all__ = [
@@ -20,9 +20,11 @@ __all__ = [
     "is_repository",
     "load_checkpoint",
     "load_folder",
+    "load_sampler",
     "load_samplers",
     "pack",
     "push",
+    "sampler_settings",
     "save",
     "unpack",
 ]

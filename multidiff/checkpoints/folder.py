@@ -1,6 +1,7 @@
 """A model as one folder.
 
-    model_index.json   transformer/   vocabulary.json   tokenizers/<name>/   samplers.json   documents.json   README.md
+    model_index.json   transformer/   vocabulary.json   tokenizers/<name>/   samplers.json   processes.json
+    documents.json   README.md
 
 All files are safetensors and JSON, and each is checked before it is used. A class name in a file is compared with the
 expected one; nothing is imported because a file names it.
@@ -10,20 +11,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from multidiff import __version__, files, plugins
 from multidiff.checkpoints.card import CARD, CARD_HASH, card_hash, edited_card, generate_card
-from multidiff.checkpoints.parts import ModelParts, load_samplers, load_tokenizer
+from multidiff.checkpoints.parts import ModelParts, load_processes, load_samplers, load_tokenizer, sampler_settings
 from multidiff.checkpoints.transformer import load_transformer
-from multidiff.samplers import MaskSampler, Sampler, SchedulerSampler
+from multidiff.processes import to_settings
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.sequencer import Sequencer
 from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import ModalityTokenizer
 
 _FILES = {
-    *("model_index.json", "transformer", "vocabulary.json", "tokenizers", "samplers.json", CARD),
+    *("model_index.json", "transformer", "vocabulary.json", "tokenizers", "samplers.json", "processes.json", CARD),
     *("documents.json", "training.json"),
 }
 _FOLDERS = {"transformer", "tokenizers"}
@@ -46,12 +46,13 @@ def save(parts: ModelParts, folder: Path, max_shard_size: int | str = "10GB", ca
         card_folder: a folder whose edited card is copied if `folder` has none.
 
     Raises:
-        ValueError: a tokenizer is not an installed plugin, a sampler is not a plain `MaskSampler`, `folder` contains
+        ValueError: a tokenizer is not an installed plugin, a sampler or process cannot be saved, `folder` contains
             files that do not belong to a model, or the model cannot be written.
     """
     for tokenizer in parts.tokenizers.values():
         plugins.name_of(tokenizer)
-    settings = {name: _settings(name, sampler) for name, sampler in parts.samplers.items()}
+    settings = {name: sampler_settings(name, sampler) for name, sampler in parts.samplers.items()}
+    processes = {name: to_settings(process) for name, process in parts.processes.items()}
     with files.naming(folder):
         found = {path.name for path in folder.iterdir()} if os.path.lexists(folder) else set()
     if foreign := found - _FILES:
@@ -69,21 +70,13 @@ def save(parts: ModelParts, folder: Path, max_shard_size: int | str = "10GB", ca
             (beside / "tokenizers" / name).mkdir(parents=True)
             tokenizer.save(beside / "tokenizers" / name)
         files.write_json(beside / "samplers.json", settings)
+        if processes:
+            files.write_json(beside / "processes.json", processes)
         if parts.seen is not None:
             files.write_json(beside / "documents.json", parts.seen.to_dict())
         index = {**_INDEX, "_multidiff_version": __version__, CARD_HASH: card_hash(generated)}
         files.write_json(beside / "model_index.json", index)
         files.write_bytes(beside / CARD, card)
-
-
-def _settings(name: str, sampler: Sampler) -> dict[str, Any]:
-    if type(sampler) is not MaskSampler:
-        kind = type(sampler.scheduler if isinstance(sampler, SchedulerSampler) else sampler).__name__
-        raise ValueError(
-            f"The sampler of {name!r} has the class {kind}, which cannot be saved with a model. Set "
-            f"pipe.samplers[{name!r}] = MaskSampler() before saving."
-        )
-    return sampler.settings
 
 
 def load_folder(folder: Path) -> ModelParts:
@@ -127,8 +120,10 @@ def _load_folder(folder: Path) -> ModelParts:
     tokenizers = {name: _load_tokenizer(name, vocabulary, folder) for name in vocabulary.tokenizers}
     SharedVocabulary.of(tokenizers).check(vocabulary, str(folder / "vocabulary.json"))
     transformer = load_transformer(folder / "transformer", vocabulary)
+    path = folder / "processes.json"
+    processes = load_processes(files.read_json(path), vocabulary, str(path)) if os.path.lexists(path) else {}
     path = folder / "samplers.json"
-    samplers = load_samplers(files.read_json(path), vocabulary, str(path))
+    samplers = load_samplers(files.read_json(path), vocabulary, processes, str(path))
     facts = folder / "documents.json"
     seen = SeenDocuments.from_dict(files.read_json(facts), str(facts)) if os.path.lexists(facts) else None
     sequencer = Sequencer(tokenizers, vocabulary)
@@ -139,7 +134,7 @@ def _load_folder(folder: Path) -> ModelParts:
         except Exception as error:  # a plugin may raise anything for a size from one of these files
             place = path if own else facts if trained else folder / "tokenizers" / name
             raise ValueError(f"{place}: {files.first_line(error)}") from error
-    return ModelParts(transformer, vocabulary, tokenizers, samplers, seen)
+    return ModelParts(transformer, vocabulary, tokenizers, samplers, processes, seen)
 
 
 def _load_tokenizer(name: str, vocabulary: SharedVocabulary, folder: Path) -> ModalityTokenizer:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multidiff import files, plugins
-from multidiff.checkpoints.parts import ModelParts, load_samplers, load_tokenizer
+from multidiff.checkpoints.parts import ModelParts, load_processes, load_samplers, load_tokenizer
 from multidiff.checkpoints.transformer import restore_transformer
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.vocabulary import SharedVocabulary
@@ -38,7 +38,7 @@ def load_checkpoint(path: Path) -> ModelParts:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = checkpoint[KEY]
         recipe = [dict(saved[part]) for part in ("vocabulary", "tokenizers", "transformer", "samplers")]
-        documents = saved["documents"]
+        documents, noise = saved["documents"], saved["processes"]
         weights = dict(checkpoint["state_dict"])
     except Exception as error:
         raise ValueError(
@@ -57,7 +57,9 @@ def load_checkpoint(path: Path) -> ModelParts:
         {name: weight.clone() for name, weight in transformer.state_dict().items()}, assign=True
     )
     seen = None if documents is None else SeenDocuments.from_dict(documents, str(path))
-    return ModelParts(transformer, vocabulary, tokenizers, load_samplers(settings, vocabulary, str(path)), seen)
+    processes = load_processes(noise, vocabulary, str(path))
+    samplers = load_samplers(settings, vocabulary, processes, str(path))
+    return ModelParts(transformer, vocabulary, tokenizers, samplers, processes, seen)
 
 
 def check_checkpoint(path: str | Path) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from multidiff import files
 from multidiff.models.transformer import MaskedDiffusionTransformer
-from multidiff.samplers import MaskSampler, Sampler
+from multidiff.processes import Absorbing, Process, from_settings
+from multidiff.samplers import (
+    AncestralSampler,
+    MaskSampler,
+    Sampler,
+    SchedulerSampler,
+    check_fit,
+    default_sampler,
+)
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import ModalityTokenizer
@@ -25,6 +33,7 @@ class ModelParts:
         vocabulary: the layout of ids that the transformer was trained with.
         tokenizers: the tokenizers by name; they match the vocabulary.
         samplers: the sampler of each tokenizer.
+        processes: the forward process of each tokenizer; absorbing where not named.
         seen: what the training documents were like; None if that is unknown.
     """
 
@@ -32,6 +41,7 @@ class ModelParts:
     vocabulary: SharedVocabulary
     tokenizers: Mapping[str, ModalityTokenizer]
     samplers: Mapping[str, Sampler]
+    processes: Mapping[str, Process] = field(default_factory=dict)
     seen: SeenDocuments | None = None
 
 
@@ -57,18 +67,46 @@ def load_tokenizer(tokenizer_class: type[ModalityTokenizer], folder: Path) -> Mo
         ) from error
 
 
-def load_samplers(settings: Mapping[str, Any], vocabulary: SharedVocabulary, where: str) -> dict[str, MaskSampler]:
+def load_processes(settings: Any, vocabulary: SharedVocabulary, where: str) -> dict[str, Process]:
+    """The forward process of each tokenizer.
+
+    Args:
+        settings: of `multidiff.processes.to_settings`, by tokenizer name.
+        vocabulary: bounds the names.
+        where: the file that error messages name.
+
+    Raises:
+        ValueError: an unknown tokenizer, process or setting, or a bad value.
+    """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{where}: the processes must be a mapping, got {settings!r}")
+    processes = {}
+    for name, values in settings.items():
+        try:
+            vocabulary.layout(name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        processes[name] = from_settings(values, f"{where}, {name}")
+    return processes
+
+
+def load_samplers(
+    settings: Mapping[str, Any], vocabulary: SharedVocabulary, processes: Mapping[str, Process], where: str
+) -> dict[str, Sampler]:
     """One sampler for each tokenizer of the vocabulary.
 
     Args:
-        settings: sampler settings by tokenizer name; a tokenizer without settings gets the default sampler.
+        settings: sampler settings by tokenizer name; the key `sampler` chooses "mask" or "ancestral". A tokenizer
+            without settings gets the default sampler of its process.
         vocabulary: bounds the codes and names that the settings may mention.
+        processes: of each tokenizer; absorbing where not named.
         where: the file or configuration key that error messages name.
 
     Raises:
-        ValueError: an unknown tokenizer or setting, or a value that does not fit.
+        ValueError: an unknown tokenizer or setting, a value that does not fit, or a sampler that does not fit the
+            process.
     """
-    samplers = {name: MaskSampler() for name in vocabulary.tokenizers}
+    samplers = {name: default_sampler(processes.get(name)) for name in vocabulary.tokenizers}
     for name, values in settings.items():
         try:
             varies = vocabulary.layout(name).variable_length
@@ -76,13 +114,45 @@ def load_samplers(settings: Mapping[str, Any], vocabulary: SharedVocabulary, whe
             raise ValueError(f"{where}: {error}") from None
         if not isinstance(values, Mapping):
             raise ValueError(f"{where}: the settings of {name!r} must be a mapping, got {values!r}")
-        samplers[name] = MaskSampler.from_settings(dict(values), f"{where}, {name}")
+        sampler = load_sampler(values, processes.get(name), f"{where}, {name}")
         try:
-            size = max(stop - start for start, stop in vocabulary.spans[name])
-            samplers[name].parts.rules.check_codes(size, None, varies=varies)
-            scale = samplers[name].guidance_scale
+            if isinstance(sampler, MaskSampler):
+                size = max(stop - start for start, stop in vocabulary.spans[name])
+                sampler.parts.rules.check_codes(size, None, varies=varies)
+            scale = sampler.guidance_scale
             for condition in scale if isinstance(scale, Mapping) else ():
                 vocabulary.layout(condition)
+            check_fit(name, sampler, processes.get(name))
         except ValueError as error:
             raise ValueError(f"{where}, {name}: {error}") from None
+        samplers[name] = sampler
     return samplers
+
+
+def load_sampler(values: Mapping[str, Any], process: Process | None, where: str) -> Sampler:
+    """A sampler from settings, among which `sampler` says which; without it, the one that the process takes by
+    default."""
+    settings = dict(values)
+    kind = settings.pop("sampler", "ancestral" if isinstance(default_sampler(process), AncestralSampler) else "mask")
+    if kind == "ancestral":
+        return AncestralSampler.from_settings(settings, process or Absorbing(), where)
+    if kind == "mask":
+        return MaskSampler.from_settings(settings, where)
+    raise ValueError(f"{where}: sampler {kind!r} must be mask or ancestral")
+
+
+def sampler_settings(name: str, sampler: Sampler) -> dict[str, Any]:
+    """What `load_sampler` makes the sampler of again.
+
+    Raises:
+        ValueError: a sampler that cannot be saved.
+    """
+    if type(sampler) is MaskSampler:
+        return {"sampler": "mask", **sampler.settings}
+    if type(sampler) is AncestralSampler:
+        return {"sampler": "ancestral", **sampler.settings}
+    kind = type(sampler.scheduler if isinstance(sampler, SchedulerSampler) else sampler).__name__
+    raise ValueError(
+        f"The sampler of {name!r} has the class {kind}, which cannot be saved with a model. Set "
+        f"pipe.samplers[{name!r}] = MaskSampler() before saving."
+    )

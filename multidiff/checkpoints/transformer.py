@@ -157,7 +157,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("a whole number above 0, or null", lambda value: value is None or _whole(value)),
     ),
     **dict.fromkeys(
-        ("coordinate_features", "qk_norm", "attention_bias", "tie_embeddings"),
+        ("coordinate_features", "time_input", "qk_norm", "attention_bias", "tie_embeddings"),
         ("true or false", lambda value: isinstance(value, bool)),
     ),
     "rope_theta": ("a number from 1 to 1e30", lambda value: _number(value, 1, 1e30)),

@@ -151,8 +151,8 @@ def _positive(text: str) -> int:
 def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> None:
     import torch
 
+    from multidiff.checkpoints import load_sampler, sampler_settings
     from multidiff.generation import MultiDiffPipeline
-    from multidiff.samplers import MaskSampler
     from multidiff.seeding import generator_for
 
     if preset is None and not options.segments:
@@ -162,9 +162,10 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
     pipeline = MultiDiffPipeline.from_pretrained(options.model, device=device)
     for name, settings in overrides.items():
         pipeline.vocabulary.layout(name)
-        saved = pipeline.samplers[name]
-        assert isinstance(saved, MaskSampler)  # as every saved model has
-        sampler = MaskSampler.from_settings({**saved.settings, **settings}, f"--sampler.{name}")
+        saved = sampler_settings(name, pipeline.samplers[name])
+        if settings.get("sampler", saved["sampler"]) != saved["sampler"]:
+            saved = {}  # another kind of sampler has other settings
+        sampler = load_sampler({**saved, **settings}, pipeline.processes.get(name), f"--sampler.{name}")
         pipeline.sequencer.blank(name, sampler.canvas or {})
         pipeline.samplers[name] = sampler
     documents = _documents(preset, options, pipeline)

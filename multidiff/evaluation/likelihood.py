@@ -1,28 +1,38 @@
 """Likelihood: the bound on the negative log-likelihood of documents, in nats.
 
+Of absorbing noise it is
+
     -log p(x)  ≤  E_k  L/k  Σ_{i masked} -log p(x_i | x with k of its L codes masked),      k uniform in 1..L
 
 (Ou et al. 2024, arXiv 2406.03736, eq. 3.5; Nie et al. 2025, LLaDA, arXiv 2502.09992, eq. 6). It equals the bound in
-continuous time of every schedule and varies less. A draw is a k and the masked codes of a document. The draws of
-a document have a stratum of k each, and within it the documents are spread evenly.
+continuous time of every schedule and varies less. A draw is a k and the masked codes of a document. Of every process it
+is the mean over times t in [0, 1] that `multidiff.processes.Process` describes. A draw is then a t and the noise of a
+document, and one t serves all its targets, so that the bound is that of all of them together. The draws of a document
+have a stratum of k or t each, and within it the documents are spread evenly.
 
-Shape suffixes: P tokens of the batch, S segments, D documents, M masked codes.
+Shape suffixes: P tokens of the batch, S segments, D documents, M codes with a loss.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.objectives.times import spread_uniform
-from multidiff.seeding import generator_for
+from multidiff.processes import Absorbing, Process
+from multidiff.seeding import generator_for, key_for, uniforms
 from multidiff.sequence import MASK, Example, Sequencer, SharedVocabulary, TokenBatch
 
+Estimator = Literal["counts", "times"]
 JOINT = "joint"
+_EARLIEST = 1e-4  # u, the cube root of a time
 
 
 def modes(labels: Iterable[str]) -> list[str]:
@@ -58,6 +68,8 @@ def likelihood(
     documents: EvaluationBatch,
     mode: str,
     draws: int = 1,
+    processes: Mapping[str, Process] | None = None,
+    estimator: Estimator = "counts",
 ) -> tuple[Tensor, Tensor]:
     """Nats, and the tokens that they are of, of each document: float64 [D] on the model's device.
 
@@ -67,11 +79,21 @@ def likelihood(
     Args:
         model: the denoiser, in evaluation mode.
         vocabulary: its vocabulary.
-        documents: what is measured. A document's masks do not depend on what else is in the batch.
+        documents: what is measured. A document's noise does not depend on what else is in the batch.
         mode: one of `modes`.
         draws: of each document, whose mean its nats are.
+        processes: of each tokenizer; absorbing where not named.
+        estimator: "counts" draws the number of masks, "times" the time.
+
+    Raises:
+        ValueError: numbers of masks for a process that has other noise.
     """
     batch, device = documents.batch, model.device
+    of_names = {name: (processes or {}).get(name, Absorbing()) for name in vocabulary.tokenizers}
+    other = next((name for name, process in of_names.items() if type(process) is not Absorbing), None)
+    if estimator == "counts" and other is not None:
+        kind = type(of_names[other]).__name__
+        raise ValueError(f'The estimator "counts" is for absorbing noise, but {other!r} has {kind}. Use "times".')
     target_S, absent_S = _roles(batch, mode)
     counted_S = target_S & torch.tensor(documents.counts)[batch.document_S]
     tokens_D = torch.zeros(batch.num_documents, dtype=torch.float64)
@@ -79,24 +101,32 @@ def likelihood(
     nats_D = torch.zeros(batch.num_documents, dtype=torch.float64, device=device)
     if not bool(target_S.any()):
         return nats_D, tokens_D.to(device)
+    target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
     spans = [span for _, _, span in vocabulary.flat_spans]
     for draw in range(draws):
-        masked_P, weight_D = _mask_exactly(documents, batch.spread(target_S, False), mode, draw, draws)
-        ids_P = torch.where(masked_P | batch.spread(absent_S, False), MASK, batch.ids_P)
-        index_M, sizes = batch.by_span(masked_P, len(spans))
+        if estimator == "counts":
+            noised = _mask_exactly(documents, target_P, mode, draw, draws)
+        else:
+            noised = _noise_at_times(documents, vocabulary, of_names, target_P, mode, draw, draws)
+        index_M, sizes = batch.by_span(noised.predicted_P, len(spans))
+        edges_M2 = vocabulary.span_edges[batch.span_P[index_M]]
+        ids_M = noised.ids_P[index_M]
+        tables = (torch.where(ids_M == MASK, edges_M2[:, 1], ids_M) - edges_M2[:, 0], noised.t_P[index_M])
+        parts = zip(vocabulary.flat_spans, *(table.to(device).split(sizes) for table in tables), strict=True)
         with torch.no_grad():
             nats = model(
-                ids_P.to(device),
+                noised.ids_P.masked_fill(absent_P, MASK).to(device),
                 batch.positions_P3.to(device),
                 batch.document_starts,
                 list(zip(index_M.split(sizes), spans, strict=True)),
                 batch.coords_P3.to(device),
-                targets=(batch.ids_P[index_M] - vocabulary.span_starts[batch.span_P[index_M]]).to(device),
+                targets=(batch.ids_P[index_M] - edges_M2[:, 0]).to(device),
+                losses=[partial(of_names[name].loss, noised_N, t_N) for (name, _, _), noised_N, t_N in parts],
+                noise_P=noised.noise_P.masked_fill(absent_P, 1.0).float().to(device),
             )
         segment_M = batch.segment_P[index_M]
-        document_M = batch.document_S[segment_M]
-        weight_M = torch.where(counted_S[segment_M], weight_D[document_M] / draws, 0.0)
-        nats_D.index_add_(0, document_M.to(device), torch.cat(nats).double() * weight_M.to(device))
+        weight_M = torch.where(counted_S[segment_M], noised.weight_P[index_M] / draws, 0.0)
+        nats_D.index_add_(0, batch.document_S[segment_M].to(device), torch.cat(nats).double() * weight_M.to(device))
     return nats_D, tokens_D.to(device)
 
 
@@ -150,12 +180,20 @@ def _roles(batch: TokenBatch, mode: str) -> tuple[Tensor, Tensor]:
     return mine_S & mixed_D[batch.document_S], torch.zeros_like(mine_S)
 
 
-def _mask_exactly(
-    documents: EvaluationBatch, target_P: Tensor, mode: str, draw: int, draws: int
-) -> tuple[Tensor, Tensor]:
-    """Mask k of the L target codes of each document. Returns masked_P, and L/k of each document."""
+class _Noised(NamedTuple):
+    """Documents under noise: ids, where the loss is and its weight, times, and how much noise there is."""
+
+    ids_P: Tensor
+    predicted_P: Tensor
+    weight_P: Tensor
+    t_P: Tensor
+    noise_P: Tensor
+
+
+def _mask_exactly(documents: EvaluationBatch, target_P: Tensor, mode: str, draw: int, draws: int) -> _Noised:
+    """Mask k of the L target codes of each document, with the weight L/k."""
     batch = documents.batch
-    masked_P, weight_D = torch.zeros_like(target_P), torch.zeros(batch.num_documents, dtype=torch.float64)
+    masked_P, weight_P = torch.zeros_like(target_P), torch.zeros(len(target_P), dtype=torch.float64)
     edges = batch.document_starts.tolist()
     for document, number in enumerate(documents.numbers):
         place_L = torch.nonzero(target_P[edges[document] : edges[document + 1]]).flatten() + edges[document]
@@ -163,8 +201,49 @@ def _mask_exactly(
         if not length:
             continue
         generator = generator_for(documents.seed, "likelihood", mode, number, draw)
-        stratum = (draw + spread_uniform(documents.seed, -1, number, 0)) / draws
-        k = 1 + int(stratum * length)
+        k = 1 + int(_stratum(documents.seed, number, draw, draws) * length)
         masked_P[place_L[torch.randperm(length, generator=generator)[:k]]] = True
-        weight_D[document] = length / k
-    return masked_P, weight_D
+        weight_P[place_L] = length / k
+    noise_P = torch.where(target_P, 1 / weight_P, 0.0)
+    return _Noised(torch.where(masked_P, MASK, batch.ids_P), masked_P, weight_P, noise_P, noise_P)
+
+
+def _noise_at_times(
+    documents: EvaluationBatch,
+    vocabulary: SharedVocabulary,
+    processes: Mapping[str, Process],
+    target_P: Tensor,
+    mode: str,
+    draw: int,
+    draws: int,
+) -> _Noised:
+    """Noise the target codes of each document at a time t = u³ of its own, with u uniform.
+
+    Weights grow like 1/t, while tokens are noised with probability t, or √t in the hybrid process: uniform times would
+    give a mean of infinite variance. Weights are multiplied by dt/du.
+    """
+    batch, seed = documents.batch, documents.seed
+    u_D = torch.tensor([_stratum(seed, number, draw, draws) for number in documents.numbers], dtype=torch.float64)
+    u_P = u_D.clamp_min(_EARLIEST)[batch.document_P]
+    t_P = torch.where(target_P, u_P**3, 0.0)
+    keys = [key_for(seed, "likelihood", mode, number, draw) for number in documents.numbers]
+    lengths, blocks = batch.document_starts.diff().tolist(), itertools.count()
+    noised = _Noised(batch.ids_P, torch.zeros_like(target_P), torch.zeros_like(t_P), t_P, torch.zeros_like(t_P))
+    tokenizer_P = batch.spread(batch.tokenizer_S, -1)
+    for place, name in enumerate(vocabulary.tokenizers):
+        own_P = t_P.where(tokenizer_P == place, 0.0)
+        made = processes[name].corrupt(
+            noised.ids_P, batch.span_P, vocabulary.span_edges, own_P, lambda: uniforms(keys, lengths, next(blocks))
+        )
+        noised = noised._replace(
+            ids_P=made.ids_P,
+            predicted_P=noised.predicted_P | made.predicted_P,
+            weight_P=noised.weight_P + made.weight_P * 3 * u_P**2,
+            noise_P=torch.where(own_P > 0, processes[name].noise(own_P), noised.noise_P),
+        )
+    return noised
+
+
+def _stratum(seed: int, number: int, draw: int, draws: int) -> float:
+    """A number in [0, 1) of the draw's stratum."""
+    return (draw + spread_uniform(seed, -1, number, 0)) / draws

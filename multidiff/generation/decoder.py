@@ -59,6 +59,8 @@ class Decoder:
         self._nulls = list(nulls)
         self._passes = Passes(transformer, vocabulary, batch, nulls, runs[0].sampler.cache_mode, divergence)
         self.ids_P = torch.where(batch.known_P, batch.ids_P, MASK)
+        for run in runs:
+            self._write(run)
         self.nfe = [0] * batch.num_documents
         self.history: list[list[Decision]] | None = [[] for _ in self.nfe] if trace else None
         self.steps = max(run.state.steps for run in runs)
@@ -172,7 +174,12 @@ class Decoder:
             generator=[self.generators[document] for document in run.documents],
         )
         run.fresh_R = run.fresh_R | (output.prev_sample != run.sample_RN).any(1)
+        if self._passes.reads_noise:
+            run.fresh_R = run.fresh_R | (output.state.noise_R != run.state.noise_R)
         run.sample_RN, run.state = output.prev_sample, output.state
+        self._write(run)
+
+    def _write(self, run: SamplerRun) -> None:
         there_RN, masked_RN = run.sample_RN >= 0, run.sample_RN == run.state.mask_token_id
         decided_RN = run.sample_RN.where(there_RN & ~masked_RN, 0)
         shared_RN = self.vocabulary.to_shared(run.name, decided_RN, run.state.levels_RN).masked_fill(masked_RN, MASK)

@@ -56,6 +56,7 @@ class Passes:
         self._document_P = batch.document_P
         self._cache = None if cache_mode == "none" else KeyValueCache(views * tokens)
         self._differences: list[Tensor] = []
+        self.reads_noise = bool(transformer.config["time_input"])
 
     @property
     def divergence(self) -> float | None:
@@ -82,20 +83,29 @@ class Passes:
         for document, keys in needed.items():
             needed_UD[[0, *(1 + list(self._nulls).index(key) for key in keys)], document] = True
         ids_X = torch.cat([ids_P, *(torch.where(null_P, MASK, ids_P) for null_P in self._nulls.values())])
+        noise_X = self._noise(runs) if self.reads_noise else None
         whole_X = needed_UD[:, self._document_P].flatten()
         if self._cache is None:
-            return self._read(ids_X, whole_X, active, None)
+            return self._read(ids_X, noise_X, whole_X, active, None)
         part_P, begins_D = self._parts(runs, needed_UD[0])
         computed_X = whole_X & part_P.repeat(len(needed_UD))
-        logits = self._read(ids_X, computed_X, active, self._cache)
+        logits = self._read(ids_X, noise_X, computed_X, active, self._cache)
         if self._compare and bool((needed_UD[0] & ~begins_D).any()):
-            uncached = self._read(ids_X, whole_X, active, None)
+            uncached = self._read(ids_X, noise_X, whole_X, active, None)
             for run, where_RN in active:
                 row_M = torch.nonzero(where_RN)[:, 0]
                 cached = self._sent(torch.nonzero(~begins_D[torch.tensor(run.documents)[row_M]]).flatten())
                 difference_MV = logits[run.name][0].exp() - uncached[run.name][0].exp()
                 self._differences.append(difference_MV[cached].abs().sum(-1) / 2)
         return logits
+
+    def _noise(self, runs: Sequence[SamplerRun]) -> Tensor:
+        """float32 [X]: how much noise there is at each token; nulls are all noise where they see nothing."""
+        noise_P = torch.zeros(len(self.batch.ids_P))
+        for run in runs:
+            there_RN = run.sample_RN >= 0
+            noise_P[run.place_RN[there_RN]] = run.state.noise_R[:, None].expand_as(there_RN)[there_RN].float()
+        return torch.cat([noise_P, *(noise_P.masked_fill(null_P, 1.0) for null_P in self._nulls.values())])
 
     def _parts(self, runs: Sequence[SamplerRun], needed_D: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens to compute, part_P, and the documents that begin a block, which are computed whole."""
@@ -112,7 +122,12 @@ class Passes:
         return part_P | begins_D[self._document_P], begins_D
 
     def _read(
-        self, ids_X: Tensor, computed_X: Tensor, active: Active, cache: KeyValueCache | None
+        self,
+        ids_X: Tensor,
+        noise_X: Tensor | None,
+        computed_X: Tensor,
+        active: Active,
+        cache: KeyValueCache | None,
     ) -> dict[str, list[Tensor]]:
         exact = torch.promote_types(self.transformer.dtype, torch.float32)
         views, tokens = 1 + len(self._nulls), len(self.batch.ids_P)
@@ -144,6 +159,7 @@ class Passes:
             starts,
             positions,
             self._coords_X3 if index is None else self._coords_X3[index],
+            noise_P=None if noise_X is None else self._sent(noise_X if everything else noise_X[index_A]),
             cache=cache,
             active_A=None if cache is None else index_A,
         )

@@ -31,7 +31,8 @@ from multidiff.generation.decoder import Decoder
 from multidiff.generation.requests import Filled, Given, Masked, Request, check_nesting, make_segments
 from multidiff.generation.runs import Decision, SegmentFacts, make_runs
 from multidiff.models import MaskedDiffusionTransformer
-from multidiff.samplers import MaskSampler, Sampler, Samplers, Scheduler
+from multidiff.processes import Process
+from multidiff.samplers import Sampler, Samplers, Scheduler
 from multidiff.samplers.guidance import check_scale
 from multidiff.samplers.token_sampling import NotFiniteError
 from multidiff.samplers.unmasking import check_steps
@@ -62,7 +63,8 @@ class TrainedModule(Protocol):
 
     transformer: MaskedDiffusionTransformer
     vocabulary: SharedVocabulary
-    samplers: dict[str, MaskSampler]
+    samplers: dict[str, Sampler]
+    processes: dict[str, Process]
     seen: SeenDocuments | None
     recipe: dict[str, Any]
 
@@ -77,7 +79,9 @@ class MultiDiffPipeline(DiffusionPipeline):
         transformer: the denoiser.
         vocabulary: the layout that it was trained with.
         tokenizers: live tokenizers by name, matching the vocabulary.
-        samplers: a sampler, or a scheduler of diffusers, for each tokenizer; a missing one gets `MaskSampler()`.
+        samplers: a sampler, or a scheduler of diffusers, for each tokenizer; where there is none, `MaskSampler()`, or
+            an `AncestralSampler` if the tokenizer's process masks nothing.
+        processes: the forward process of each tokenizer; absorbing where not named.
         seen: what the training documents were like. It gives blanks their default size, and documents that ask for
             something else raise a warning.
     """
@@ -88,6 +92,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         vocabulary: SharedVocabulary,
         tokenizers: Mapping[str, ModalityTokenizer],
         samplers: Mapping[str, Sampler | Scheduler] | None = None,
+        processes: Mapping[str, Process] | None = None,
         seen: SeenDocuments | None = None,
     ):
         super().__init__()
@@ -100,7 +105,8 @@ class MultiDiffPipeline(DiffusionPipeline):
         self.transformer: MaskedDiffusionTransformer = transformer
         self.vocabulary = vocabulary
         self.tokenizers = dict(tokenizers)
-        self._samplers = Samplers(vocabulary, samplers or {})
+        self.processes = dict(processes or {})
+        self._samplers = Samplers(vocabulary, samplers or {}, self.processes)
         self.seen = seen
         self.source: Path | None = None  # the folder or file that it was read from
         self._card_folder: Path | None = None  # where somebody may have edited its card
@@ -119,12 +125,12 @@ class MultiDiffPipeline(DiffusionPipeline):
             tokenizers = checkpoints.unpack(packed, module.vocabulary, type(module).__name__)
             for tokenizer in tokenizers.values():
                 tokenizer.to(module.device)
-        return cls(module.transformer, module.vocabulary, tokenizers, module.samplers, module.seen)
+        return cls(module.transformer, module.vocabulary, tokenizers, module.samplers, module.processes, module.seen)
 
     @property
     def parts(self) -> ModelParts:
         """What a saved model consists of."""
-        return ModelParts(self.transformer, self.vocabulary, self.tokenizers, self.samplers, self.seen)
+        return ModelParts(self.transformer, self.vocabulary, self.tokenizers, self.samplers, self.processes, self.seen)
 
     @property
     def samplers(self) -> Samplers:
@@ -137,7 +143,7 @@ class MultiDiffPipeline(DiffusionPipeline):
 
     @samplers.setter
     def samplers(self, samplers: Mapping[str, Sampler | Scheduler]) -> None:
-        self._samplers = Samplers(self.vocabulary, samplers)
+        self._samplers = Samplers(self.vocabulary, samplers, self.processes)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -421,7 +427,9 @@ class MultiDiffPipeline(DiffusionPipeline):
         is_file = os.path.exists(path) and not os.path.isdir(path)  # of any kind; unlike pathlib's these never raise
         parts = checkpoints.load_checkpoint(path) if is_file else checkpoints.load_folder(path)
         nn.Module.to(parts.transformer, dtype=dtype)  # diffusers' own `to` warns of modules kept in float32: none
-        pipeline = cls(parts.transformer, parts.vocabulary, parts.tokenizers, parts.samplers, parts.seen)
+        pipeline = cls(
+            parts.transformer, parts.vocabulary, parts.tokenizers, parts.samplers, parts.processes, parts.seen
+        )
         pipeline.source = path
         pipeline._card_folder = None if is_file else path
         try:

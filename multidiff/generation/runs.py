@@ -147,11 +147,12 @@ def make_runs(
             eos_RN=eos_RN,
             extent_RN3=extent_S3[batch.segment_P[place_RN].clamp_min(0)],
             frame_RN=frame_RN,
+            sizes_RN=torch.tensor([stop - start for start, stop in spans])[levels_RN],
             generator=[generators[document] for document in rows.tolist()],
         )
         strength = sampler.guidance_scale if scale is None else scale
         scales = strength if isinstance(strength, Mapping) else {"": strength}
-        runs.append(SamplerRun(name, sampler, scales, rows.tolist(), place_RN, inside_RN, sample_RN, state))
+        runs.append(SamplerRun(name, sampler, scales, rows.tolist(), place_RN, inside_RN, state.start_RN, state))
     _check_together(runs, steps)
     return runs
 

@@ -7,7 +7,8 @@ Like Llama: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 - a code's coordinates within its segment are added to its embedding as Fourier features, which make every place of a
   grid a direction of its own. Rotary alone ties what stands there to its place only through attention, which takes
   several times as many examples to learn;
-- no time input: the number of masks tells the time (Ou et al. 2024, arXiv 2406.03736);
+- no time input unless asked for: the number of masks tells the time (Ou et al. 2024, arXiv 2406.03736). Where noise is
+  not seen, as with uniform tokens, how much of it there is can be added to embeddings as Fourier features too;
 - the head evaluates only the positions and the span of the vocabulary that it is asked for, and the last layer only
   these positions: its keys and values are needed everywhere, its queries and what follows from them are not.
 
@@ -19,7 +20,7 @@ span, V codes of a span, 3 axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -37,7 +38,10 @@ from multidiff.models.rotary import apply_rotary_emb, fourier_features, rotary, 
 from multidiff.models.sizes import prepares_shapes, shared_size
 from multidiff.sequence.vocabulary import Span
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits_NV, target_N, place_N) → nats_N, where place_N are the places of these rows among those of their span."""
 INITIAL_STD = 0.02
+_NOISE_WAVES = 8
 _LOGITS = 2**25  # elements of the logits that a loss keeps for backward
 _CHUNK = 2**22  # elements of a chunk, where it keeps none: larger tensors get new memory, page by page, each time
 _ROWS = 256  # of a chunk at least, or the gradients of the head's weight would cost more than the products
@@ -55,6 +59,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         intermediate_size: width of the SwiGLU; None means 8/3 D, rounded up to a multiple of 64.
         rope_theta: base of the rotary frequencies.
         coordinate_features: add `fourier_features` of the coordinates to embeddings. Llama has none.
+        time_input: add features of `noise_P` to embeddings, through a matrix that is 0 at first.
         norm_epsilon: of every RMSNorm.
         qk_norm: RMSNorm over each head's queries and keys.
         attention_bias: biases of the query, key and value projections.
@@ -76,6 +81,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         intermediate_size: int | None = None,
         rope_theta: float = 10_000.0,
         coordinate_features: bool = True,
+        time_input: bool = False,
         norm_epsilon: float = 1e-6,
         qk_norm: bool = True,
         attention_bias: bool = False,
@@ -95,6 +101,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             intermediate_size = -(-hidden_size * 8 // (3 * 64)) * 64
         self.head_size = hidden_size // num_heads
         self.embed = nn.Embedding(vocabulary_rows, hidden_size)
+        self.time = nn.Linear(2 * _NOISE_WAVES, hidden_size, bias=False) if time_input else None
         self.layers = nn.ModuleList(
             TransformerLayer(
                 Attention(hidden_size, num_heads, kv_heads, self.head_size, qk_norm, attention_bias, norm_epsilon),
@@ -115,13 +122,15 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
 
     def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer writes to the residual stream
-        (Radford et al. 2019, GPT-2, section 2.3)."""
+        (Radford et al. 2019, GPT-2, section 2.3). The time's are 0."""
         residual = INITIAL_STD / math.sqrt(2 * len(self.layers))
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
             elif weight.dim() == 1:
                 nn.init.ones_(weight)
+            elif name == "time.weight":
+                nn.init.zeros_(weight)
             else:
                 writes = name.endswith(("attention.output.weight", "mlp.down.weight"))
                 nn.init.normal_(weight, std=residual if writes else INITIAL_STD, generator=generator)
@@ -134,10 +143,12 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         logit_positions: Sequence[tuple[Tensor, Span]],
         coords_P3: Tensor | None = None,
         targets: Tensor | None = None,
+        losses: Sequence[Loss] | None = None,
+        noise_P: Tensor | None = None,
         cache: KeyValueCache | None = None,
         active_A: Tensor | None = None,
     ) -> list[Tensor]:
-        """Logits where they are asked for, or the cross-entropy of targets there.
+        """Logits where they are asked for, or a loss of targets there.
 
         Args:
             ids_P: shared ids of all documents, one after another; `<mask>` where noised.
@@ -149,16 +160,17 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
                 rank of a distributed run uses the same parameters.
             coords_P3: coordinates within the segment, negative at tokens outside of any; None where all are.
             targets: int64, ids relative to the start of the span, at all positions of `logit_positions` in their order.
-                Where given, the cross-entropies of these are returned, in place of logits of which no more are held at
-                once than a few million.
+                Where given, the losses of these are returned, in place of logits of which no more are held at once than
+                a few million.
+            losses: a loss for each of `logit_positions`; None takes the cross-entropy.
+            noise_P: how much noise there is at each token, from 0 to 1; not used without `time_input`.
             cache: takes the keys and values of all tokens that are computed, in place; with `active_A`, lends those of
                 others.
             active_A: int64, ascending, on the CPU: the tokens that are recomputed; all others keep their cached keys
                 and values. Logits are asked for at some of these.
 
         Returns:
-            One [N, stop - start] tensor of logits, or one [N] of cross-entropies in nats, for each of
-            `logit_positions`.
+            One [N, stop - start] tensor of logits, or one [N] of losses in nats, for each of `logit_positions`.
         """
         device, compute = ids_P.device, self._compute_dtype(ids_P.device)
         starts = document_starts.tolist()
@@ -172,6 +184,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             active = active_A.to(device, non_blocking=True)
             ids_P, positions_P3 = ids_P[active], positions_P3[active]
             coords_P3 = None if coords_P3 is None else coords_P3[active]
+            noise_P = None if noise_P is None else noise_P[active]
         extra = extra_Q = 0  # rows that belong to no document and that nobody reads
         if prepares_shapes(device, compute):
             extra_Q = shared_size(len(position_Q)) - len(position_Q)
@@ -179,6 +192,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
                 extra = shared_size(len(ids_P)) - len(ids_P)
                 ids_P, positions_P3 = F.pad(ids_P, (0, extra)), F.pad(positions_P3, (0, 0, 0, extra))
                 coords_P3 = None if coords_P3 is None else F.pad(coords_P3, (0, 0, 0, extra))
+                noise_P = None if noise_P is None else F.pad(noise_P, (0, extra))
         keys, queries, last = starts[-1] + extra, len(ids_P), len(position_Q) + extra_Q
         plan_of_all = None
         if len(self.layers) > 1:
@@ -191,6 +205,10 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         hidden_AD = self.embed(ids_P)
         if self.config["coordinate_features"] and coords_P3 is not None:
             hidden_AD = hidden_AD + INITIAL_STD * fourier_features(coords_P3, hidden_AD, self._turns_F3)
+        if self.time is not None:
+            if noise_P is None:
+                raise ValueError("This transformer has a time input, so it needs noise_P.")
+            hidden_AD = hidden_AD + self.time(_noise_features(noise_P).to(hidden_AD.dtype))
         for number, layer in enumerate(self.layers):
             last = number + 1 == len(self.layers)
             plan = last_plan if last else plan_of_all
@@ -203,7 +221,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         rows = [part.to(device, non_blocking=True) for part in back.split([len(i) for i, _ in logit_positions])]
-        return self._read(self.norm(hidden_AD), rows, [span for _, span in logit_positions], targets)
+        return self._read(self.norm(hidden_AD), rows, [span for _, span in logit_positions], targets, losses)
 
     def compile(self, dynamic: bool | None = True, **options: Any) -> None:
         """Compile the layers, once for any number of tokens. Attention between documents, and what surrounds the
@@ -222,48 +240,70 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         return self.dtype
 
     def _read(
-        self, hidden_QD: Tensor, rows: Sequence[Tensor], spans: Sequence[Span], targets: Tensor | None
+        self,
+        hidden_QD: Tensor,
+        rows: Sequence[Tensor],
+        spans: Sequence[Span],
+        targets: Tensor | None,
+        losses: Sequence[Loss] | None,
     ) -> list[Tensor]:
-        """The head: logits, or cross-entropies of targets, of these rows over these spans."""
+        """The head: logits, or losses of targets, of these rows over these spans."""
         weight = self.embed.weight if self.head is None else self.head.weight
         # One split serves all spans: its backward writes one gradient of the whole weight instead of one per span.
         edges = sorted({0, weight.shape[0], *(edge for span in spans for edge in span)})
         pieces = dict(zip(edges, weight.split([b - a for a, b in pairwise(edges)]), strict=False))
         parts = [None] * len(rows) if targets is None else targets.split([len(row_N) for row_N in rows])
+        of_spans = losses or [cross_entropy] * len(rows)
         shared = prepares_shapes(hidden_QD.device, self._compute_dtype(hidden_QD.device))
         results = []
-        for row_N, (start, stop), target_N in zip(rows, spans, parts, strict=True):
+        for row_N, (start, stop), target_N, loss in zip(rows, spans, parts, of_spans, strict=True):
             weight_VD = pieces[start]
             if len(weight_VD) != stop - start:
                 raise ValueError(f"spans overlap at {start}:{stop}")
             number = len(row_N)
             extra = shared_size(number) - number if shared else 0
-            hidden_ND = hidden_QD.index_select(0, F.pad(row_N, (0, extra)))
+            place_N = torch.arange(number + extra, device=row_N.device).clamp_max(number - 1)  # the last one repeats
+            hidden_ND = hidden_QD.index_select(0, row_N[place_N])
             if target_N is None:
                 results.append((hidden_ND @ weight_VD.T)[:number])
             else:
-                results.append(cross_entropy(hidden_ND, weight_VD, F.pad(target_N, (0, extra)))[:number])
+                results.append(head_loss(hidden_ND, weight_VD, target_N[place_N], place_N, loss)[:number])
         return results
 
 
-def cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """-log softmax(h Wᵀ) at the targets, nats, fp32 (fp64 for fp64 weights), [N].
+def _noise_features(noise_P: Tensor) -> Tensor:
+    """[P, 16]: cosines and sines of waves of a quarter to 32 turns from no noise to all."""
+    turns = noise_P[:, None] * torch.exp2(
+        torch.arange(-2, _NOISE_WAVES - 2, device=noise_P.device, dtype=noise_P.dtype)
+    )
+    return torch.cat([torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)], 1)
+
+
+def cross_entropy(logits_NV: Tensor, target_N: Tensor, place_N: Tensor) -> Tensor:
+    """-log softmax(logits) at the targets: the `Loss` where no other is given."""
+    return F.cross_entropy(logits_NV, target_N, reduction="none")
+
+
+def head_loss(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, place_N: Tensor, loss: Loss) -> Tensor:
+    """A loss of the logits h Wᵀ, nats, fp32 (fp64 for fp64 weights), [N].
 
     Where logits would have more elements than are kept for backward, they are computed in chunks, and again in
     backward.
     """
     if len(target_N) * len(weight_VD) <= _LOGITS:
-        return _cross_entropy(hidden_ND, weight_VD, target_N)
+        return _head_loss(hidden_ND, weight_VD, target_N, place_N, loss)
     chunk = max(_ROWS, _CHUNK // len(weight_VD))
-    parts = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
-    nats = [checkpoint(_cross_entropy, hidden, weight_VD, target, use_reentrant=False) for hidden, target in parts]
+    parts = zip(hidden_ND.split(chunk), target_N.split(chunk), place_N.split(chunk), strict=True)
+    nats = [
+        checkpoint(_head_loss, hidden, weight_VD, target, place, loss, use_reentrant=False)
+        for hidden, target, place in parts
+    ]
     return torch.cat(nats)  # pyright: ignore[reportArgumentType]
 
 
-def _cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+def _head_loss(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, place_N: Tensor, loss: Loss) -> Tensor:
     logits_NV = hidden_ND @ weight_VD.T
-    exact = torch.promote_types(logits_NV.dtype, torch.float32)
-    return F.cross_entropy(logits_NV.to(exact), target_N, reduction="none")
+    return loss(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), target_N, place_N)
 
 
 class _Kept(NamedTuple):

@@ -12,6 +12,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from multidiff.objectives.tasks import Task, choose_task, fitting_tasks
 from multidiff.objectives.times import draw_time
 from multidiff.seeding import key_for, uniforms
 from multidiff.sequence import Example, Segment, Sequencer, TokenBatch
-from multidiff.sequence.vocabulary import SharedVocabulary, Span
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary, Span
 
 
 class NoisedBatch:
@@ -31,12 +32,15 @@ class NoisedBatch:
 
     Attributes:
         ids_P, positions_P3, coords_P3: as in `TokenBatch`, with noised ids.
+        noise_P: float32, how much noise there is at each token: 0 where it is clean, 1 where it is absent.
         document_starts: as in `TokenBatch`; stays on the CPU.
         index_M: int64, positions of the loss in P; stays on the CPU.
         sizes: how many of them draw from each span of the vocabulary.
         targets_M: int64, clean local ids within the span.
-        loss_weights_M: float32, weight of each cross-entropy in the loss.
-        bound_weights_M: float32, its weight w(t) in the bound.
+        noised_M: int64, noised local ids; the size of the span stands for `<mask>`.
+        t_M: float32, times.
+        loss_weights_M: float32, weight of each divergence in the loss.
+        bound_weights_M: float32, its weight in the bound.
         tokenizer_M: int64, place of the tokenizer.
         tokens: what each tokenizer's nats are divided by.
         loss_divisor: float32, what the loss is divided by.
@@ -44,7 +48,7 @@ class NoisedBatch:
     """
 
     _SENT = (
-        *("ids_P", "positions_P3", "coords_P3", "targets_M"),
+        *("ids_P", "positions_P3", "coords_P3", "noise_P", "targets_M", "noised_M", "t_M"),
         *("loss_weights_M", "bound_weights_M", "tokenizer_M", "loss_divisor"),
     )
 
@@ -53,10 +57,13 @@ class NoisedBatch:
         ids_P: Tensor,
         positions_P3: Tensor,
         coords_P3: Tensor,
+        noise_P: Tensor,
         document_starts: Tensor,
         index_M: Tensor,
         sizes: Sequence[int],
         targets_M: Tensor,
+        noised_M: Tensor,
+        t_M: Tensor,
         loss_weights_M: Tensor,
         bound_weights_M: Tensor,
         tokenizer_M: Tensor,
@@ -64,9 +71,10 @@ class NoisedBatch:
         loss_divisor: Tensor,
         num_documents: int,
     ):
-        self.ids_P, self.positions_P3, self.coords_P3 = ids_P, positions_P3, coords_P3
+        self.ids_P, self.positions_P3, self.coords_P3, self.noise_P = ids_P, positions_P3, coords_P3, noise_P
         self.document_starts, self.num_documents = document_starts, num_documents
-        self.index_M, self.sizes, self.targets_M = index_M, tuple(sizes), targets_M
+        self.index_M, self.sizes = index_M, tuple(sizes)
+        self.targets_M, self.noised_M, self.t_M = targets_M, noised_M, t_M
         self.loss_weights_M, self.bound_weights_M, self.tokenizer_M = loss_weights_M, bound_weights_M, tokenizer_M
         self.tokens, self.loss_divisor = tuple(tokens), loss_divisor
 
@@ -84,6 +92,20 @@ class NoisedBatch:
         """(index_N, span) for every span of the vocabulary, as the transformer takes them."""
         parts = self.index_M.split(list(self.sizes))
         return [(index_N, span) for index_N, (_, _, span) in zip(parts, vocabulary.flat_spans, strict=True)]
+
+    def losses(
+        self, vocabulary: SharedVocabulary, objective: Objective
+    ) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """The divergence of every span's process, as the transformer takes it; with label smoothing a second column,
+        the smoothed cross-entropy."""
+        tables = zip(self.noised_M.split(list(self.sizes)), self.t_M.split(list(self.sizes)), strict=True)
+        losses = [
+            partial(objective.process_of(name).loss, noised_N, t_N)
+            for (name, _, _), (noised_N, t_N) in zip(vocabulary.flat_spans, tables, strict=True)
+        ]
+        if objective.label_smoothing:
+            return [partial(_with_smoothed, loss, objective.label_smoothing) for loss in losses]
+        return losses
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> NoisedBatch:
         mapped = copy.copy(self)
@@ -128,18 +150,19 @@ class Noising:
             return uniforms(keys, lengths, next(blocks))
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
-        ids_P, predicted_P, bound_weight_S = batch.ids_P, torch.zeros_like(target_P), torch.zeros_like(t_S)
-        names = list(self.sequencer.vocabulary.tokenizers)
-        for process in dict.fromkeys(self.objective.process_of(name) for name in names):
+        t_P = batch.spread(t_S, 0.0)
+        ids_P = torch.where(absent_P, MASK, batch.ids_P)
+        predicted_P, weight_P, noise_P = torch.zeros_like(target_P), torch.zeros_like(t_P), absent_P.double()
+        vocabulary = self.sequencer.vocabulary
+        names = list(vocabulary.tokenizers)
+        for process in dict.fromkeys(map(self.objective.process_of, names)):
             places = [place for place, name in enumerate(names) if self.objective.process_of(name) == process]
             mine_S = torch.isin(batch.tokenizer_S, torch.tensor(places))
-            corrupted = process.corrupt(ids_P, batch.span_P, batch.spread(t_S.where(mine_S, 0.0), 0.0), uniform)
-            prior_P = process.prior(ids_P, batch.span_P, uniform)
-            ids_P = torch.where(absent_P & batch.spread(mine_S, False), prior_P, corrupted.ids_P)
-            predicted_P = predicted_P | corrupted.predicted_P
-            weighed_S = mine_S & target_S
-            bound_weight_S = torch.where(weighed_S, process.weight(t_S.where(weighed_S, 1.0)), bound_weight_S)
-        return self._assemble(batch, ids_P, predicted_P & target_P, target_P, target_S, bound_weight_S)
+            own_P = t_P.where(batch.spread(mine_S, False), 0.0)
+            noise_P = torch.where(own_P > 0, process.noise(own_P), noise_P)
+            made = process.corrupt(ids_P, batch.span_P, vocabulary.span_edges, own_P, uniform)
+            ids_P, predicted_P, weight_P = made.ids_P, predicted_P | made.predicted_P, weight_P + made.weight_P
+        return self._assemble(batch, ids_P, predicted_P, weight_P, noise_P, t_P, target_P, target_S)
 
     def _draw(self, examples: Sequence[Example]) -> Iterator[_Drawn]:
         """The roles and times of each document."""
@@ -173,45 +196,64 @@ class Noising:
         batch: TokenBatch,
         ids_P: Tensor,
         predicted_P: Tensor,
+        weight_P: Tensor,
+        noise_P: Tensor,
+        t_P: Tensor,
         target_P: Tensor,
         target_S: Tensor,
-        bound_weight_S: Tensor,
     ) -> NoisedBatch:
         vocabulary, objective = self.sequencer.vocabulary, self.objective
         index_M, sizes = batch.by_span(predicted_P, len(vocabulary.flat_spans))
         segment_M = batch.segment_P[index_M]
         weights_T = objective.token_weights(vocabulary)
         tokenizer_M = batch.tokenizer_S[segment_M]
-        bound_M = bound_weight_S[segment_M]
-        loss_weight_S = weights_T[batch.tokenizer_S] * objective.weights(bound_weight_S, batch.tokenizer_S, vocabulary)
+        bound_M = weight_P[index_M]
+        loss_weight_S = weights_T[batch.tokenizer_S]
         counted_P = predicted_P if objective.normalisation == "masked" else target_P
         counted_S = torch.bincount(batch.segment_P[counted_P], minlength=len(target_S))
-        weighed_S = counted_S * weights_T[batch.tokenizer_S]
+        weighed_S = counted_S * loss_weight_S
         divisor = weighed_S.sum()
         if objective.normalisation == "segments":
+            divisor = loss_weight_S[counted_S > 0].sum()
             loss_weight_S = loss_weight_S / counted_S.clamp_min(1)
-            divisor = weights_T[batch.tokenizer_S[counted_S > 0]].sum()
         elif objective.normalisation == "documents":
             weighed_D = torch.zeros(batch.num_documents, dtype=torch.float64).index_add_(0, batch.document_S, weighed_S)
             loss_weight_S = loss_weight_S / weighed_D.where(weighed_D > 0, 1.0)[batch.document_S]
             divisor = (weighed_D > 0).sum()
+        loss_weight_M = loss_weight_S[segment_M] * objective.weights(bound_M, tokenizer_M, vocabulary)
         tokens_T = torch.zeros(len(weights_T), dtype=torch.int64)
         tokens_T.index_add_(0, batch.tokenizer_S[target_S], batch.divisor_S[target_S])
+        edges_M2 = vocabulary.span_edges[batch.span_P[index_M]]
+        noised_M = ids_P[index_M]
         return NoisedBatch(
             ids_P=ids_P,
             positions_P3=batch.positions_P3,
             coords_P3=batch.coords_P3,
+            noise_P=noise_P.float(),
             document_starts=batch.document_starts,
             index_M=index_M,
             sizes=sizes,
-            targets_M=batch.ids_P[index_M] - vocabulary.span_starts[batch.span_P[index_M]],
-            loss_weights_M=loss_weight_S[segment_M].float(),
+            targets_M=batch.ids_P[index_M] - edges_M2[:, 0],
+            noised_M=torch.where(noised_M == MASK, edges_M2[:, 1], noised_M) - edges_M2[:, 0],
+            t_M=t_P[index_M].float(),
+            loss_weights_M=loss_weight_M.float(),
             bound_weights_M=bound_M.float(),
             tokenizer_M=tokenizer_M,
             tokens=tokens_T.tolist(),
             loss_divisor=divisor.float(),
             num_documents=batch.num_documents,
         )
+
+
+def _with_smoothed(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    smoothing: float,
+    logits_NV: Tensor,
+    target_N: Tensor,
+    place_N: Tensor,
+) -> Tensor:
+    smoothed_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none", label_smoothing=smoothing)
+    return torch.stack([loss(logits_NV, target_N, place_N), smoothed_N], 1)
 
 
 class _Drawn(NamedTuple):

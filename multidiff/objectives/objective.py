@@ -1,6 +1,6 @@
-"""The diffusion objective: forward processes, and how cross-entropies become one training loss.
+"""The diffusion objective: forward processes, and how divergences become one training loss.
 
-Shape suffixes: S segments, M positions of the loss, T tokenizers.
+Shape suffixes: M positions of the loss, T tokenizers.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Objective:
     Attributes:
         process: the forward process, as `multidiff.processes.Process`.
         processes: tokenizer name -> its own forward process, where it has one.
-        weighting: the weight of a cross-entropy at time t, for all tokenizers or by name ("elbo" where not named).
-            "elbo": w(t) of the bound. "uniform": 1 (as MaskGIT and MUSE train). "clipped": min(w(t), γ), as min-SNR
-            (Hang et al. 2023, arXiv 2303.09556). "softmin": γ w(t) / (γ + w(t)), its smooth form, as soft-min-SNR
-            (Crowson et al. 2024, arXiv 2401.11605).
+        weighting: the weight of a divergence (of a cross-entropy, if the noise is absorbing) at time t, for all
+            tokenizers or by name ("elbo" where not named). "elbo": w(t) of the bound. "uniform": 1 (as MaskGIT and
+            MUSE train). "clipped": min(w(t), γ), as min-SNR (Hang et al. 2023, arXiv 2303.09556). "softmin":
+            γ w(t) / (γ + w(t)), its smooth form, as soft-min-SNR (Crowson et al. 2024, arXiv 2401.11605).
         weight_limit: γ.
         normalisation: divide by "targets", all target tokens (as LLaDA does), or by "masked", those with a loss; or
             take the mean over the targets of a segment and then over "segments", or over the targets of a document and
@@ -44,6 +44,8 @@ class Objective:
             not named. A caption has few tokens beside a picture's: more than 1 keeps it from drowning.
         times: the range that times are drawn from, uniformly. A narrower one leaves out noise that is too little or too
             much to learn from (Arriola et al. 2025, BD3-LM, arXiv 2503.09573, section 4), and the loss bounds nothing.
+        label_smoothing: ε, the share of the target that is spread over all ids of the span (Szegedy et al. 2016, arXiv
+            1512.00567, section 7), where noise is absorbing. What is logged has none.
 
     Raises:
         ValueError: a value outside of these.
@@ -56,6 +58,7 @@ class Objective:
     normalisation: Normalisation = "targets"
     loss_weights: dict[str, float] = field(default_factory=dict)
     times: tuple[float, float] = (SMALLEST, 1.0)
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in self.loss_weights.items():
@@ -70,12 +73,14 @@ class Objective:
         known = get_args(Normalisation)
         if self.normalisation not in known:
             raise ValueError(f"The objective's normalisation must be {' or '.join(known)}, not {self.normalisation!r}.")
+        if not isinstance(self.label_smoothing, int | float) or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"The objective's label_smoothing must be in [0, 1), not {self.label_smoothing!r}.")
         low, high = self.times
         if not SMALLEST <= low < high <= 1:
             raise ValueError(f"The objective's times must be a range within [{SMALLEST}, 1], not {list(self.times)}.")
 
     def check(self, vocabulary: SharedVocabulary) -> None:
-        """Refuse settings of tokenizers that do not exist.
+        """Refuse settings of tokenizers that do not exist, and label smoothing of what is no cross-entropy.
 
         Raises:
             ValueError: it names the tokenizer.
@@ -83,32 +88,45 @@ class Objective:
         weighted = self.weighting if isinstance(self.weighting, Mapping) else {}
         for name in (*self.loss_weights, *self.processes, *weighted):
             vocabulary.layout(name)
+        for name, process in self.processes_of(vocabulary).items():
+            if self.label_smoothing and type(process) is not Absorbing:
+                raise ValueError(
+                    f"label_smoothing {self.label_smoothing} goes with absorbing noise, whose loss is a cross-entropy, "
+                    f"but {name!r} has {type(process).__name__}."
+                )
 
     def process_of(self, name: str) -> Process:
         """The forward process of a tokenizer."""
         return self.processes.get(name, self.process)
 
+    def processes_of(self, vocabulary: SharedVocabulary) -> dict[str, Process]:
+        """The forward process of each tokenizer by name."""
+        return {name: self.process_of(name) for name in vocabulary.tokenizers}
+
     def token_weights(self, vocabulary: SharedVocabulary) -> Tensor:
         """float64 [T]: what a token of each tokenizer counts."""
         return torch.tensor([self.loss_weights.get(name, 1.0) for name in vocabulary.tokenizers], dtype=torch.float64)
 
-    def weights(self, bound_S: Tensor, tokenizer_S: Tensor, vocabulary: SharedVocabulary) -> Tensor:
-        """The weight of a cross-entropy of each segment, without what a token of its tokenizer counts.
+    def weights(self, bound_M: Tensor, tokenizer_M: Tensor, vocabulary: SharedVocabulary) -> Tensor:
+        """The weight of each divergence, without what a token of its tokenizer counts.
 
         Args:
-            bound_S: w(t) of each segment.
-            tokenizer_S: the place of its tokenizer in the vocabulary.
+            bound_M: its weight in the bound.
+            tokenizer_M: the place of its tokenizer in the vocabulary.
         """
-        if isinstance(self.weighting, Mapping):
-            named = [self.weighting.get(name, "elbo") for name in vocabulary.tokenizers]
-        else:
-            named = [self.weighting] * len(vocabulary.tokenizers)
-        limit = self.weight_limit
-        table = {
-            "elbo": bound_S,
-            "uniform": torch.ones_like(bound_S),
-            "clipped": bound_S.clamp_max(limit),
-            "softmin": limit * bound_S / (limit + bound_S),
-        }
-        weight_TS = torch.stack([table[weighting] for weighting in named])
-        return weight_TS[tokenizer_S, torch.arange(len(tokenizer_S))]
+        if not isinstance(self.weighting, Mapping):
+            return self._weighted(self.weighting, bound_M)
+        weights_M = bound_M
+        for place, name in enumerate(vocabulary.tokenizers):
+            if (weighting := self.weighting.get(name, "elbo")) != "elbo":
+                weights_M = torch.where(tokenizer_M == place, self._weighted(weighting, bound_M), weights_M)
+        return weights_M
+
+    def _weighted(self, weighting: Weighting, bound_M: Tensor) -> Tensor:
+        if weighting == "uniform":
+            return torch.ones_like(bound_M)
+        if weighting == "clipped":
+            return bound_M.clamp_max(self.weight_limit)
+        if weighting == "softmin":
+            return self.weight_limit * bound_M / (self.weight_limit + bound_M)
+        return bound_M

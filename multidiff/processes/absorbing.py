@@ -1,6 +1,6 @@
 """Absorbing noise: tokens become `<mask>` (Austin et al. 2021, D3PM, arXiv 2107.03006, section 3.1).
 
-Shape suffixes: P tokens, M some of them, V local ids of a span, X = V + 1 of these and `<mask>`.
+Shape suffixes: P tokens, S spans, N tokens of one span, V local ids of a span.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from multidiff.processes.process import CorruptedTokens, Process, Uniform
+from multidiff.processes.interpolating import Interpolating, Shares
+from multidiff.processes.process import CorruptedTokens, Draw
 from multidiff.processes.schedules import LogLinear, Schedule
 from multidiff.sequence.vocabulary import MASK
 
 
 @dataclass(frozen=True)
-class Absorbing(Process):
+class Absorbing(Interpolating):
     """Each token is masked with probability 1 - α(t), on its own. The loss is at the masked tokens.
 
     The bound on the negative log-likelihood of a passage in continuous time is (Sahoo et al. 2024, MDLM,
@@ -33,26 +34,27 @@ class Absorbing(Process):
     def __post_init__(self) -> None:
         self.schedule.check()
 
-    def corrupt(self, ids_P: Tensor, span_P: Tensor, t_P: Tensor, uniform: Uniform) -> CorruptedTokens:
-        """Mask tokens with probability 1 - α(t), where t > 0."""
-        probability_P = torch.where((span_P >= 0) & (t_P > 0), 1 - self.schedule.alpha(t_P), 0.0)
-        masked_P = uniform() < probability_P
-        return CorruptedTokens(torch.where(masked_P, MASK, ids_P), masked_P)
+    @property
+    def starts_masked(self) -> bool:
+        return True
 
-    def prior(self, ids_P: Tensor, span_P: Tensor, uniform: Uniform) -> Tensor:
-        """`<mask>` everywhere outside of structure."""
-        return torch.where(span_P >= 0, MASK, ids_P)
+    def shares(self, t: Tensor) -> Shares:
+        clean = self.schedule.alpha(t)
+        return Shares(clean, torch.zeros_like(clean), 1 - clean)
 
-    def weight(self, t: Tensor) -> Tensor:
-        """w(t) = -α'(t) / (1 - α(t))."""
-        return self.schedule.weight(t)
+    def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.schedule.weight(t)
+        return weight, torch.zeros_like(weight)
 
-    def posterior(self, log_probs_MV: Tensor, ids_M: Tensor, t: float, s: float) -> Tensor:
-        """A masked token stays masked with probability (1 - α_s) / (1 - α_t) and else becomes x_0 with the model's
-        probability; a token that is not masked stays (Sahoo et al. 2024, eq. 6)."""
-        alpha_t, alpha_s = self.schedule.alpha(torch.tensor([t, s], dtype=torch.float64)).tolist()
-        count, size = log_probs_MV.shape
-        stays_M1 = log_probs_MV.new_full((count, 1), (1 - alpha_s) / (1 - alpha_t), dtype=torch.float64)
-        masked_MX = torch.cat([log_probs_MV.double() + (1 - stays_M1).log(), stays_M1.log()], 1)
-        kept_MX = torch.nn.functional.one_hot(ids_M, size + 1).double().log()
-        return torch.where((ids_M == size)[:, None], masked_MX, kept_MX)
+    def corrupt(self, ids_P: Tensor, span_P: Tensor, spans_S2: Tensor, t_P: Tensor, draw: Draw) -> CorruptedTokens:
+        """Mask tokens with probability 1 - α(t), where t > 0. The loss is at these."""
+        noised_P = (span_P >= 0) & (t_P > 0)
+        t_P = t_P.where(noised_P, 1.0)
+        masked_P = noised_P & (draw() < 1 - self.schedule.alpha(t_P))
+        return CorruptedTokens(
+            torch.where(masked_P, MASK, ids_P), masked_P, self.schedule.weight(t_P).where(masked_P, 0.0)
+        )
+
+    def divergence(self, logits_NV: Tensor, target_N: Tensor, noised_N: Tensor, t_N: Tensor) -> Tensor:
+        """The cross-entropy -log p(x)."""
+        return torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")

@@ -5,11 +5,21 @@ The parts of a sampler call these for their own settings, so a check exists once
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 LARGEST = 1_000_000  # Beyond it, products of settings and log-probabilities leave the range of floats.
 _LIMIT = f"at most {LARGEST:,}"
+
+
+def check_known(settings: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """All keys of `settings` must be known ones. `where` is the file and key that they come from."""
+    for key in settings:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"{where}: no sampler setting is called {key!r}; {hint}")
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 
+from multidiff.processes import Process
+from multidiff.samplers.ancestral import AncestralSampler
 from multidiff.samplers.protocol import Sampler
 from multidiff.samplers.sampler import MaskSampler
 from multidiff.samplers.scheduler import Scheduler, SchedulerSampler
@@ -18,21 +20,30 @@ class Samplers(Mapping[str, Sampler]):
 
     Args:
         vocabulary: its tokenizers.
-        given: as `as_sampler` takes them; a tokenizer that is not named gets `MaskSampler()`.
+        given: as `as_sampler` takes them; a tokenizer that is not named gets what `default_sampler` makes.
+        processes: the forward process of each tokenizer; `Absorbing()` where not named.
 
     Raises:
-        ValueError: an unknown tokenizer, or something that is no sampler; also when one is set.
+        ValueError: an unknown tokenizer, something that is no sampler, or a sampler that does not fit the tokenizer's
+            process; also when one is set.
     """
 
-    def __init__(self, vocabulary: SharedVocabulary, given: Mapping[str, Sampler | Scheduler]):
-        self._vocabulary = vocabulary
-        self._samplers: dict[str, Sampler] = {name: MaskSampler() for name in vocabulary.tokenizers}
+    def __init__(
+        self,
+        vocabulary: SharedVocabulary,
+        given: Mapping[str, Sampler | Scheduler],
+        processes: Mapping[str, Process] | None = None,
+    ):
+        self._vocabulary, self._processes = vocabulary, processes or {}
+        self._samplers = {name: default_sampler(self._processes.get(name)) for name in vocabulary.tokenizers}
         for name, sampler in given.items():
             self[name] = sampler
 
     def __setitem__(self, name: str, sampler: Sampler | Scheduler) -> None:
         self._vocabulary.layout(name)
-        self._samplers[name] = as_sampler(sampler)
+        made = as_sampler(sampler)
+        check_fit(name, made, self._processes.get(name))
+        self._samplers[name] = made
 
     def __getitem__(self, name: str) -> Sampler:
         return self._samplers[name]
@@ -45,6 +56,25 @@ class Samplers(Mapping[str, Sampler]):
 
     def __repr__(self) -> str:
         return repr(self._samplers)
+
+
+def default_sampler(process: Process | None) -> Sampler:
+    """The sampler of a tokenizer for which nobody chose one."""
+    return MaskSampler() if process is None or process.starts_masked else AncestralSampler(process)
+
+
+def check_fit(name: str, sampler: Sampler, process: Process | None) -> None:
+    """Refuse a sampler that unmasks where the process has no masks.
+
+    Raises:
+        ValueError: it names the tokenizer.
+    """
+    if process is None or process.starts_masked or not isinstance(sampler, MaskSampler | SchedulerSampler):
+        return
+    raise ValueError(
+        f"The sampler of {name!r} decides masked codes, but its process {type(process).__name__} masks none. Choose "
+        "the ancestral sampler for it (in YAML, sampler: ancestral; in Python, AncestralSampler)."
+    )
 
 
 def as_sampler(sampler: Any) -> Sampler:

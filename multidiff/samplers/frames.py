@@ -19,10 +19,14 @@ Shape suffixes: R rows, N columns, M = positions of `where_RN`, row by row; V lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from multidiff.samplers.state import draw_uniform
+from multidiff.samplers.token_sampling import Candidates, TokenSampling
 
 
 @dataclass(frozen=True)
@@ -103,3 +107,38 @@ def _beside(where_RN: Tensor, number_RN: Tensor, size: int) -> Tensor:
     held_F[number_RN[where_RN]] = True
     held_F[size] = False
     return held_F[number_RN]
+
+
+def draw_frames(
+    frames: Frames,
+    sample_RN: Tensor,
+    probs_RN: Tensor,
+    decide_RN: Tensor,
+    logits_MV: Tensor,
+    where_RN: Tensor,
+    sampling: TokenSampling,
+    generator: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor]:
+    """Ids and probabilities in which codes that were decided together, each as if it stood alone, follow the first of
+    their frame. Those that must be content are drawn again without EOS.
+
+    Args:
+        frames: of the table.
+        sample_RN, probs_RN: with what was decided.
+        decide_RN: bool, the positions that were decided.
+        logits_MV, where_RN: what they were drawn from.
+        sampling: how they are drawn again.
+        generator: one per row.
+    """
+    content_RN, only_eos_RN = frames.follow(decide_RN, sample_RN)
+    sample_RN, probs_RN = sample_RN.where(~only_eos_RN, frames.eos_RN), probs_RN.masked_fill(only_eos_RN, 1.0)
+    row_U = torch.nonzero(content_RN[where_RN]).flatten()
+    if len(row_U):
+        logits_UV = logits_MV[row_U]
+        candidates = Candidates(sample_RN[content_RN], torch.log_softmax(logits_UV.double(), -1))
+        uniform_U = draw_uniform(content_RN.sum(1).tolist(), 1, generator)[:, 0].to(sample_RN.device)
+        place_U = torch.arange(len(row_U), device=row_U.device)
+        sampling.sample_content(candidates, place_U, frames.eos_RN[content_RN], logits_UV, uniform_U)
+        sample_RN[content_RN] = candidates.content_M
+        probs_RN[content_RN] = candidates.content_log_probs_M.exp()
+    return sample_RN, probs_RN

@@ -6,6 +6,7 @@ sampler keeps all that changes in a state that the caller holds, so one sampler 
 no model: the caller computes the logits that it asks for.
 
     state = sampler.start(sample_RN, levels_RN, coords_RN3, generator=generators)
+    sample_RN = state.start_RN
     for timestep in range(state.steps - 1, -1, -1):
         where_RN = sampler.needs(state)
         logits_MV = ...  # of the model, at the positions of where_RN, row by row
@@ -53,6 +54,11 @@ class SamplerState(Protocol):
         ...
 
     @property
+    def start_RN(self) -> Tensor:
+        """int64: the sample before the first step. Samplers that unmask start from V everywhere."""
+        ...
+
+    @property
     def levels_RN(self) -> Tensor:
         """int64: the residual level of each position."""
         ...
@@ -65,6 +71,11 @@ class SamplerState(Protocol):
     @property
     def probs_RN(self) -> Tensor:
         """float64: the model's probability of each token when it was decided; NaN where undecided."""
+        ...
+
+    @property
+    def noise_R(self) -> Tensor:
+        """float64: how much noise there is left in each row, from 1 to 0, for models with a time input."""
         ...
 
     @property
@@ -132,6 +143,7 @@ class Sampler(Protocol):
         eos_RN: Tensor | None = None,
         extent_RN3: Tensor | None = None,
         frame_RN: Tensor | None = None,
+        sizes_RN: Tensor | None = None,
         generator: Sequence[torch.Generator],
     ) -> SamplerState:
         """The state before the first step.
@@ -146,6 +158,7 @@ class Sampler(Protocol):
             extent_RN3: int64, how far the coordinates of each position's segment extend; None takes those of the row.
             frame_RN: int64, number of the frame that each position is in, over all rows, from 0; negative where it is
                 in none. The codes of a frame must all be EOS or all be content. None where every code stands alone.
+            sizes_RN: int64, how many ids each position has, where residual levels differ in it; None where all have V.
             generator: one per row.
 
         Raises:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 import torch
@@ -20,7 +19,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from multidiff.samplers.checks import check_table
+from multidiff.samplers.checks import check_known, check_table
 from multidiff.samplers.logit_rules import is_place
 from multidiff.samplers.mask_state import MaskState, highest
 from multidiff.samplers.parts import Parts
@@ -142,12 +141,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: an unknown key (the message names the nearest) or a bad value; it names `where`.
         """
-        known = cls._get_init_keys(cls) - {"self"}
-        for key in settings:
-            if key not in known:
-                near = get_close_matches(key, known, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-                raise ValueError(f"{where}: no sampler setting is called {key!r}; {hint}")
+        check_known(settings, cls._get_init_keys(cls) - {"self"}, where)
         try:
             forced = settings.get("forced_tokens")
             if isinstance(forced, Mapping) and all(map(is_place, forced)):  # JSON's keys are text
@@ -198,6 +192,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         eos_RN: Tensor | None = None,
         extent_RN3: Tensor | None = None,
         frame_RN: Tensor | None = None,
+        sizes_RN: Tensor | None = None,
         generator: Sequence[torch.Generator],
     ) -> MaskState:
         """The state before the first step; see `Sampler.start`. A random order is drawn here."""

@@ -14,11 +14,11 @@ import torch
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 from torch import Tensor
 
-from multidiff.samplers.frames import Frames
+from multidiff.samplers.frames import Frames, draw_frames
 from multidiff.samplers.guidance import Guidance
 from multidiff.samplers.protocol import SamplerOutput
-from multidiff.samplers.state import State, draw_uniform
-from multidiff.samplers.token_sampling import Candidates, TokenSampling, check_finite
+from multidiff.samplers.state import State
+from multidiff.samplers.token_sampling import TokenSampling, check_finite
 from multidiff.samplers.unmasking import STEPS
 
 Scheduler = AmusedScheduler | BlockRefinementScheduler
@@ -83,6 +83,7 @@ class SchedulerSampler:
         eos_RN: Tensor | None = None,
         extent_RN3: Tensor | None = None,
         frame_RN: Tensor | None = None,
+        sizes_RN: Tensor | None = None,
         generator: Sequence[torch.Generator],
     ) -> SchedulerState:
         """The state before the first step; see `Sampler.start`.
@@ -160,7 +161,10 @@ class SchedulerSampler:
             probs_NV = probs_MV.new_zeros(logits_NV.shape).index_put((asked_N.nonzero()[:, 0],), probs_MV)
             probs_RN[row, column_N[changed_N]] = probs_NV[changed_N].gather(1, after_N[changed_N][:, None])[:, 0]
         if frames is not None:
-            sample_RN, probs_RN = self._follow(frames, sample_RN, probs_RN, model_output, where, state, generator)
+            decide_RN = state.undecided_RN & (sample_RN != state.mask_token_id)
+            sampling = TokenSampling(0.0 if isinstance(self.scheduler, BlockRefinementScheduler) else 1.0)
+            tables = (sample_RN, probs_RN, decide_RN, model_output, where)
+            sample_RN, probs_RN = draw_frames(frames, *tables, sampling, generator)
         undecided_RN = sample_RN == state.mask_token_id
         return SamplerOutput(
             sample_RN, replace(state, undecided_RN=undecided_RN, probs_RN=probs_RN, round_R=tuple(rounds))
@@ -190,30 +194,3 @@ class SchedulerSampler:
             timestep = int(state.steps_R[row]) - 1 - round_
             output = scheduler.step(logits_NV[None], timestep, before_1N, generator=generator, return_dict=False)
         return output[0][0]
-
-    def _follow(
-        self,
-        frames: Frames,
-        sample_RN: Tensor,
-        probs_RN: Tensor,
-        logits_MV: Tensor,
-        where: Tensor,
-        state: SchedulerState,
-        generator: Sequence[torch.Generator],
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and probabilities in which codes decided together follow the first of their frame, drawn again as the
-        scheduler draws."""
-        decide_RN = state.undecided_RN & (sample_RN != state.mask_token_id)
-        content_RN, only_eos_RN = frames.follow(decide_RN, sample_RN)
-        sample_RN, probs_RN = sample_RN.where(~only_eos_RN, state.eos_RN), probs_RN.masked_fill(only_eos_RN, 1.0)
-        row_U = torch.nonzero(content_RN[where]).flatten()
-        if len(row_U):
-            sampling = TokenSampling(0.0 if isinstance(self.scheduler, BlockRefinementScheduler) else 1.0)
-            logits_UV = logits_MV[row_U]
-            candidates = Candidates(sample_RN[content_RN], torch.log_softmax(logits_UV.double(), -1))
-            uniform_U = draw_uniform(content_RN.sum(1).tolist(), 1, generator)[:, 0].to(sample_RN.device)
-            place_U = torch.arange(len(row_U), device=row_U.device)
-            sampling.sample_content(candidates, place_U, state.eos_RN[content_RN], logits_UV, uniform_U)
-            sample_RN[content_RN] = candidates.content_M
-            probs_RN[content_RN] = candidates.content_log_probs_M.exp()
-        return sample_RN, probs_RN

@@ -21,6 +21,7 @@ class State:
         steps: the most steps that the run takes.
         steps_R: int64, K, the most steps that each row takes.
         mask_token_id: V, the local id of an undecided code.
+        start_RN: int64, the sample before the first step.
         undecided_RN: bool, the positions that have no token yet.
         levels_RN: int64, residual level of each position.
         block_RN: int64, number of the block that each position is in, -1 at padding; lower ones are decided first.
@@ -30,6 +31,7 @@ class State:
     steps: int
     steps_R: Tensor
     mask_token_id: int
+    start_RN: Tensor
     undecided_RN: Tensor
     levels_RN: Tensor
     block_RN: Tensor
@@ -37,7 +39,13 @@ class State:
 
     @classmethod
     def blank(
-        cls, sample_RN: Tensor, levels_RN: Tensor, steps_R: Tensor, block_RN: Tensor | None = None, **more: Any
+        cls,
+        sample_RN: Tensor,
+        levels_RN: Tensor,
+        steps_R: Tensor,
+        block_RN: Tensor | None = None,
+        start_RN: Tensor | None = None,
+        **more: Any,
     ) -> Self:
         """The state in which nothing is decided.
 
@@ -46,6 +54,7 @@ class State:
             levels_RN: residual levels.
             steps_R: K of each row.
             block_RN: see `State`; None puts all positions of a row in one block.
+            start_RN: see `State`; None starts from `sample_RN`.
             more: fields of a subclass.
         """
         undecided_RN = sample_RN >= 0
@@ -54,12 +63,19 @@ class State:
             steps=int(steps_R.max()),
             steps_R=steps_R.to(sample_RN.device),
             mask_token_id=int(sample_RN.max()),
+            start_RN=sample_RN if start_RN is None else start_RN,
             undecided_RN=undecided_RN,
             levels_RN=levels_RN,
             block_RN=block_RN.masked_fill(~undecided_RN, -1),
             probs_RN=torch.full(sample_RN.shape, torch.nan, dtype=torch.float64, device=sample_RN.device),
             **more,
         )
+
+    @property
+    def noise_R(self) -> Tensor:
+        """float64: how much noise there is left, the share of undecided positions."""
+        there_R = (self.block_RN >= 0).sum(1)
+        return self.undecided_RN.sum(1).double() / there_R.clamp_min(1)
 
     @property
     def decided_RN(self) -> Tensor:

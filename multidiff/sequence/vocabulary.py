@@ -110,9 +110,10 @@ class SharedVocabulary:
         return tuple((name, level, span) for name, spans in self.spans.items() for level, span in enumerate(spans))
 
     @cached_property
-    def span_starts(self) -> Tensor:
-        """int64: the first shared id of every span, in the order of `flat_spans`."""
-        return torch.tensor([start for _, _, (start, _) in self.flat_spans])
+    def span_edges(self) -> Tensor:
+        """int64 [spans, 2]: the first shared id of every span and the one behind its last, in the order of
+        `flat_spans`."""
+        return torch.tensor([span for _, _, span in self.flat_spans])
 
     @cached_property
     def first_span(self) -> dict[str, int]:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from multidiff import plugins
 from multidiff.checkpoints import KEY, build_transformer, load_samplers, pack
 from multidiff.data import DocumentDataModule
-from multidiff.evaluation.likelihood import BoundSums, EvaluationBatch, likelihood, modes
+from multidiff.evaluation.likelihood import BoundSums, Estimator, EvaluationBatch, likelihood, modes
 from multidiff.objectives import NoisedBatch, Noising, Objective, Task
 from multidiff.objectives.tasks import OTHERS
+from multidiff.processes import Absorbing, to_settings
 from multidiff.seeding import generator_for
 from multidiff.sequence import SeenDocuments, SharedVocabulary
 from multidiff.training.progress import progress
@@ -65,20 +66,28 @@ class MaskedDiffusionModule(LightningModule):
             raise ValueError(f"likelihood_draws must be at least 1, not {likelihood_draws}.")
         built = plugins.build(tokenizers)
         self.vocabulary = SharedVocabulary.of(built)
+        objective.check(self.vocabulary)
+        self.processes = objective.processes_of(self.vocabulary)
+        absorbing = all(type(process) is Absorbing for process in self.processes.values())
+        self._estimator: Estimator = "counts" if absorbing else "times"
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
         self.transformer = build_transformer(config, "model.transformer")
         self.transformer.initialize(generator_for(seed, "weights"))
         # Defaults as well: a later version's may differ. Plain values: a checkpoint must load with weights_only=True.
         settings = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         del settings["vocabulary_rows"]
-        self.recipe = {"tokenizers": pack(built), "transformer": settings, "samplers": samplers or {}}
-        self.samplers = load_samplers(samplers or {}, self.vocabulary, "model.samplers")
+        self.recipe = {
+            "tokenizers": pack(built),
+            "transformer": settings,
+            "samplers": samplers or {},
+            "processes": {name: to_settings(process) for name, process in self.processes.items()},
+        }
+        self.samplers = load_samplers(samplers or {}, self.vocabulary, self.processes, "model.samplers")
         self.tasks = [Task.of(task) for task in tasks or [{"roles": {OTHERS: "target"}}]]
         self._labels = list(self.vocabulary.tokenizers)
         self._labels += dict.fromkeys(
             label for task in self.tasks for label in task.roles if label not in (OTHERS, *self._labels)
         )
-        objective.check(self.vocabulary)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.likelihood_draws = likelihood_draws
@@ -98,17 +107,25 @@ class MaskedDiffusionModule(LightningModule):
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
-    def forward(self, batch: NoisedBatch) -> Tensor:
-        """Cross-entropy of each position of the loss, nats, [M]."""
-        positions = batch.logit_positions(self.vocabulary)
+    def forward(self, batch: NoisedBatch) -> tuple[Tensor, Tensor]:
+        """Divergence of each position of the loss, nats, [M], and what is trained in its place: the smoothed
+        cross-entropy with label smoothing, else the same."""
         nats = self.transformer(
-            batch.ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3, batch.targets_M
+            batch.ids_P,
+            batch.positions_P3,
+            batch.document_starts,
+            batch.logit_positions(self.vocabulary),
+            batch.coords_P3,
+            batch.targets_M,
+            batch.losses(self.vocabulary, self.objective),
+            batch.noise_P,
         )
-        return torch.cat(nats)
+        nats_M = torch.cat(nats)
+        return nats_M.unbind(1) if self.objective.label_smoothing else (nats_M, nats_M)  # pyright: ignore
 
     def training_step(self, batch: NoisedBatch, batch_index: int) -> Tensor:
-        nats_M = self(batch)
-        total = (nats_M * batch.loss_weights_M).sum()
+        nats_M, trained_M = self(batch)
+        total = (trained_M * batch.loss_weights_M).sum()
         self.log("loss", (total / batch.loss_divisor.clamp_min(1)).detach(), prog_bar=True, batch_size=1)
         # DDP takes the mean of the ranks' gradients, so the mean of their divisors divides the sum of their losses.
         divisor = self.trainer.strategy.reduce(batch.loss_divisor.clone(), reduce_op="mean")  # pyright: ignore
@@ -157,7 +174,10 @@ class MaskedDiffusionModule(LightningModule):
     def validation_step(self, batch: EvaluationBatch, batch_index: int) -> None:
         """Adds to the bounds of each label, conditional and unconditional, and to the joint one."""
         for mode, sums in self._sums.items():
-            sums.add(*likelihood(self.transformer, self.vocabulary, batch, mode, self.likelihood_draws))
+            nats_D, tokens_D = likelihood(
+                self.transformer, self.vocabulary, batch, mode, self.likelihood_draws, self.processes, self._estimator
+            )
+            sums.add(nats_D, tokens_D)
 
     def test_step(self, batch: EvaluationBatch, batch_index: int) -> None:
         self.validation_step(batch, batch_index)

@@ -158,7 +158,7 @@ def _as_rows(batch: NoisedBatch, vocabulary: SharedVocabulary, size: int) -> tup
     """Ids in rows, and targets, weights and the divisor of the loss, without <bos> and the tokens around segments: as
     many positions as there are codes."""
     code_P = batch.coords_P3[:, 0] >= 0
-    start_M = torch.repeat_interleave(vocabulary.span_starts, torch.tensor(batch.sizes))
+    start_M = torch.repeat_interleave(vocabulary.span_edges[:, 0], torch.tensor(batch.sizes))
     target_P = torch.full_like(batch.ids_P, -100).index_copy(0, batch.index_M, batch.targets_M + start_M)
     weight_P = torch.zeros(len(batch.ids_P)).index_copy(0, batch.index_M, batch.loss_weights_M)
     return batch.ids_P[code_P].view(size, -1), target_P[code_P], weight_P[code_P], batch.loss_divisor

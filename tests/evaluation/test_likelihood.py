@@ -11,6 +11,7 @@ import torch
 from multidiff.data import DocumentDataModule
 from multidiff.evaluation import BoundSums, EvaluationBatch, likelihood, modes
 from multidiff.models import MaskedDiffusionTransformer
+from multidiff.processes import Absorbing, Cosine, Hybrid, Uniform
 from multidiff.sequence import MASK, Example, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.toys import Frames, Grid, generator
@@ -22,11 +23,13 @@ SEQUENCER = Sequencer(TOKENIZERS, VOCABULARY)
 MODES = ["a/conditional", "a/unconditional", "v/conditional", "v/unconditional", "joint"]
 
 
-def transformer(vocabulary=VOCABULARY):
-    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=16, num_layers=2, num_heads=2)
+def transformer(vocabulary=VOCABULARY, **options):
+    model = MaskedDiffusionTransformer(vocabulary.rows, hidden_size=16, num_layers=2, num_heads=2, **options)
     model.initialize(generator())
     for weight in model.parameters():
         weight.data.mul_(3)
+    if model.time is not None:
+        torch.nn.init.normal_(model.time.weight, generator=generator(1))
     return model.eval().double()
 
 
@@ -104,10 +107,10 @@ def test_k_is_uniform_and_so_are_the_masks_of_k():
     count = 4000
     batch = SEQUENCER.batch([document(("v", [1]), ("a", [2, 0]))] * count)
     documents = EvaluationBatch(batch, range(count), [True] * count, seed=3)
-    masked_P, weight_D = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint", 0, 1)
-    masked_DL = masked_P[batch.span_P >= 0].view(count, 4)
+    noised = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint", 0, 1)
+    masked_DL, weight_DL = (table[batch.span_P >= 0].view(count, 4) for table in (noised.predicted_P, noised.weight_P))
     k_D = masked_DL.sum(1)
-    assert torch.equal(weight_D, 4 / k_D.double())
+    assert torch.equal(weight_DL, (4 / k_D.double())[:, None].expand(-1, 4))
     assert float((torch.bincount(k_D, minlength=5)[1:] - count / 4).abs().max()) <= 3  # spread, not by chance
     pairs = torch.bincount((masked_DL[k_D == 2] * torch.tensor([1, 2, 4, 8])).sum(1), minlength=16)
     cells = pairs[[3, 5, 6, 9, 10, 12]].double()
@@ -126,7 +129,7 @@ def test_a_model_that_knows_measures_the_joint():
     class Knowing:
         device = torch.device("cpu")
 
-        def __call__(self, ids_P, positions_P3, starts, positions, coords_P3, targets):
+        def __call__(self, ids_P, positions_P3, starts, positions, coords_P3, **_):
             blind_D = (ids_P == MASK).view(count, -1).sum(1) == 16  # half and half where all is masked, else certain
             width = len(ids_P) // count
             return [torch.where(blind_D[index_N // width], math.log(2), 0.0) for index_N, _ in positions]
@@ -189,14 +192,116 @@ def test_draws_of_a_document_have_a_stratum_each_and_their_mean_is_taken():
     batch = documents.batch
     expected, counts = 0.0, []
     for draw in range(draws):
-        masked_P, weight_D = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint", draw, draws)
-        masked = torch.nonzero(masked_P).flatten().tolist()
+        noised = MODULE._mask_exactly(documents, batch.span_P >= 0, "joint", draw, draws)
+        masked = torch.nonzero(noised.predicted_P).flatten().tolist()
         counts.append(len(masked))
-        expected -= float(weight_D[0]) * sum(log_prob(model, batch, masked, place) for place in masked) / draws
+        expected -= (
+            float(noised.weight_P[masked[0]]) * sum(log_prob(model, batch, masked, place) for place in masked) / draws
+        )
     assert counts == [1, 2, 3, 4, 5, 6]
     nats, tokens = measured(model, [Example(one, -1, 3, 3)], "joint", draws=draws)
     assert nats == pytest.approx(expected, rel=1e-12)
     assert tokens == 5
+
+
+PROCESSES = [Absorbing(), Absorbing(Cosine()), Uniform(), Hybrid(uniform_share=0.3)]
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("time_input", [False, True])
+def test_the_bound_over_times_is_its_definition(process, time_input):
+    """∫ Σ_z q_t(z | x) Σ_i a(z_i) / q_t(z_i | x_i) (KL + IS) dt by enumeration of two codes, within 4 standard errors:
+    it fails by chance once in 16,000 times."""
+    model = transformer(time_input=time_input)
+    for weight in model.parameters():
+        weight.data.mul_(1.5)
+    one = document(("a", [2, 0]))
+    exact = by_enumeration(model, process, SEQUENCER.batch([one]))
+    count = 3000
+    examples = [Example(one, -1, number, number) for number in range(count)]
+    documents = EvaluationBatch.of(examples, sequencer=SEQUENCER, seed=1)
+    processes = dict.fromkeys(TOKENIZERS, process)
+    nats_D, tokens_D = likelihood(model, VOCABULARY, documents, "joint", 2, processes, "times")
+    assert tokens_D.tolist() == [2] * count
+    error = float(nats_D.std()) / math.sqrt(count)  # too large, for times are spread evenly
+    assert abs(float(nats_D.mean()) - exact) < 4 * error
+    assert error < 0.05 * exact
+
+
+@torch.no_grad()
+def by_enumeration(model, process, batch):
+    """The bound of a document of two codes, with three ids each, from the chain's marginals alone."""
+    places = torch.nonzero(batch.span_P >= 0).flatten()
+    _, _, (start, stop) = VOCABULARY.flat_spans[int(batch.span_P[places[0]])]
+    size, x = stop - start, (batch.ids_P[places] - start).tolist()
+    ids = [*range(start, stop), MASK]
+    # Midpoints, dense towards 0, where the hybrid process has a pole that cancels.
+    edges = torch.linspace(0, 1, 81, dtype=torch.float64) ** 4
+    total, tiny = 0.0, 1e-6
+    for low, high in itertools.pairwise(edges.tolist()):
+        t = torch.tensor((low + high) / 2, dtype=torch.float64)
+        q_X, later_X = (noise(process, at, size) for at in (t, t + tiny * t))
+        alpha, later = (float(process.shares(at).clean) for at in (t, t + tiny * t))
+        rate_X = (later_X - q_X) / (tiny * t) - (later - alpha) / (tiny * t) / alpha * q_X
+        for z in itertools.product(range(size + 1), repeat=2):
+            chance = math.prod(float(q_X[z_i]) + alpha * (z_i == x_i) for z_i, x_i in zip(z, x, strict=True))
+            if not chance:
+                continue
+            ids_P = batch.ids_P.clone()
+            ids_P[places] = torch.tensor([ids[z_i] for z_i in z])
+            noise_P = torch.zeros(len(ids_P)).index_fill(0, places, float(process.noise(t)))
+            (logits_NV,) = model(
+                ids_P, batch.positions_P3, batch.document_starts, [(places, (start, stop))], batch.coords_P3,
+                noise_P=noise_P,
+            )  # fmt: skip
+            p_NV = torch.softmax(logits_NV, 1)
+            for i in (0, 1):
+                true_X, model_X = q_X.clone(), q_X.clone()
+                true_X[x[i]] += alpha
+                model_X[:size] += alpha * p_NV[i]
+                there = true_X > 0
+                kl = float((true_X[there] * (true_X[there] / model_X[there]).log()).sum())
+                ratio = float(true_X[z[i]] / model_X[z[i]])
+                total += (high - low) * chance * float(rate_X[z[i]] / true_X[z[i]]) * (kl + ratio - math.log(ratio) - 1)
+    return total
+
+
+def noise(process, t, size):
+    """What is not clean of q_t: u/V of each id, and m."""
+    shares = process.shares(t)
+    return torch.tensor([*[float(shares.uniform) / size] * size, float(shares.mask)], dtype=torch.float64)
+
+
+def test_both_estimators_agree_on_absorbing_noise():
+    """Within 4 standard errors of their difference."""
+    model, count = transformer(), 1500
+    examples = [Example(document(("v", [1, 2]), ("a", [2, 0])), -1, number, number) for number in range(count)]
+    documents = EvaluationBatch.of(examples, sequencer=SEQUENCER, seed=2)
+    for mode in MODES:
+        counts_D, times_D = (
+            likelihood(model, VOCABULARY, documents, mode, 1, None, kind)[0] for kind in ("counts", "times")
+        )
+        error = math.sqrt((counts_D.var() + times_D.var()) / count)
+        assert abs(float(counts_D.mean() - times_D.mean())) < 4 * error
+
+
+def test_counts_are_for_absorbing_noise_alone():
+    documents = EvaluationBatch.of([Example(document(("a", [2, 0])), -1, 0, 0)], sequencer=SEQUENCER, seed=0)
+    with pytest.raises(ValueError, match=r'"counts" is for absorbing noise, but \'v\' has Uniform. Use "times"'):
+        likelihood(transformer(), VOCABULARY, documents, "joint", 1, {"v": Uniform()})
+
+
+def test_the_noise_of_times_does_not_depend_on_the_batch():
+    model, processes = transformer(), {"a": Uniform(), "v": Hybrid()}
+    examples = [Example(one, -1, number, number) for number, one in enumerate(LABELLED)]
+
+    def nats(some, mode):
+        documents = EvaluationBatch.of(some, sequencer=SEQUENCER, seed=0)
+        return likelihood(model, VOCABULARY, documents, mode, 3, processes, "times")[0]
+
+    for mode in ALL_MODES:
+        alone = torch.cat([nats([example], mode) for example in examples])
+        torch.testing.assert_close(nats(examples[::-1], mode).flip(0), alone, rtol=1e-9, atol=1e-12)
 
 
 def test_the_standard_error_covers_the_bound():

@@ -22,6 +22,7 @@ def drive(sampler, sample_RN, steps, model, generators, *, levels_RN=None, coord
     if coords_RN3 is None:
         coords_RN3 = torch.arange(sample_RN.shape[1])[:, None].expand(*sample_RN.shape, 3)
     state = sampler.start(sample_RN, levels_RN, coords_RN3, num_inference_steps=steps, generator=generators, **more)
+    sample_RN = state.start_RN
     for timestep in range(state.steps - 1, -1, -1):
         where_RN = sampler.needs(state)
         logits_MV = torch.stack([model(row_N) for row_N in sample_RN])[where_RN]

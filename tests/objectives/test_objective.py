@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multidiff.objectives import Objective
-from multidiff.processes import Absorbing, Cosine, Polynomial
+from multidiff.processes import Absorbing, Cosine, Hybrid, Polynomial
 from multidiff.sequence import SharedVocabulary
 from tests.helpers.toys import Frames, Grid
 
@@ -49,6 +49,13 @@ def test_tokenizers_must_exist(settings):
     Objective(loss_weights={"a": 1.0}, processes={"a": Absorbing()}, weighting={"a": "uniform"}).check(vocabulary)
 
 
+def test_label_smoothing_is_of_cross_entropies():
+    vocabulary = SharedVocabulary.of({"a": Grid(2, 1, 8), "v": Frames((3, 3))})
+    Objective(label_smoothing=0.1).check(vocabulary)
+    with pytest.raises(ValueError, match=r"label_smoothing 0.1 goes with absorbing noise, .* but 'v' has Hybrid"):
+        Objective(label_smoothing=0.1, processes={"v": Hybrid()}).check(vocabulary)
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="weighting must be elbo or uniform or clipped or softmin, not 'best'"):
         Objective(weighting="best")
@@ -62,6 +69,9 @@ def test_bad_settings():
     for limit in (0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="weight_limit must be a number above 0"):
             Objective(weight_limit=limit)
+    for smoothing in (-0.1, 1.0, math.nan, "some"):
+        with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):
+            Objective(label_smoothing=smoothing)
     for times in ((0.0, 1.0), (0.5, 0.5), (0.7, 0.3), (0.1, 1.1), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="times must be a range within"):
             Objective(times=times)

@@ -1,13 +1,11 @@
 """Noise schedules: derivative, inverse and weight agree with α, and the bound of each is the entropy."""
 
-import itertools
 import math
 
 import pytest
 import torch
 
 from multidiff.processes import Absorbing, Cosine, CosineSquared, Geometric, LogLinear, Polynomial, Schedule
-from tests.helpers.toys import generator
 
 SCHEDULES = [
     *(LogLinear(), LogLinear(0.0), Cosine(), Cosine(0.05), CosineSquared(), CosineSquared(0.0)),
@@ -27,31 +25,6 @@ def test_schedules_are_consistent(schedule):
     schedule.check()
     clean = 1.0 if not isinstance(schedule, Geometric) else math.exp(-schedule.smallest)
     assert float(schedule.alpha(torch.tensor(0.0, dtype=torch.float64))) == pytest.approx(clean, abs=1e-15)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_the_bound_of_the_true_conditionals_is_the_entropy(schedule):
-    """∫ w(t) E Σ -log p(x_i | x_t) dt, enumerated over a joint distribution of three tokens and over all masks. What is
-    clean at t = 1, or noised at t = 0, is missing in it: a share of ε for each of the three."""
-    joint = torch.rand(2, 3, 2, generator=generator(), dtype=torch.float64)
-    joint /= joint.sum()
-    entropy = -float((joint * joint.log()).sum())
-    # Midpoints, dense towards 0, where the weight of some schedules has a pole that cancels.
-    edges = torch.linspace(0, 1, 4001, dtype=torch.float64) ** 3
-    t, width = (edges[1:] + edges[:-1]) / 2, edges.diff()
-    alpha, weight = schedule.alpha(t), Absorbing(schedule).weight(t)
-    bound = 0.0
-    for masked in itertools.product([False, True], repeat=3):
-        k = sum(masked)
-        chance = (1 - alpha) ** k * alpha ** (3 - k)
-        nats = 0.0
-        for i in (place for place in range(3) if masked[place]):
-            others = [place for place in range(3) if masked[place] and place != i]
-            seen = joint.sum(others, keepdim=True) if others else joint
-            nats -= float((joint * (seen / seen.sum(i, keepdim=True)).log()).sum())
-        bound += float((weight * chance * width).sum()) * nats
-    missing = 3 * (float(alpha.min()) + 1e-3)
-    assert entropy * (0.999 - missing) < bound < entropy * 1.001
 
 
 def test_weights_are_exact_where_they_have_a_closed_form():

@@ -11,13 +11,15 @@ import torch
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from multidiff import Blank, Given, MultiDiffPipeline
+from multidiff import AncestralSampler, Blank, Given, MultiDiffPipeline
 from multidiff.cli import main
 from multidiff.data import DocumentDataModule
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.objectives import Noising, Objective
+from multidiff.processes import Cosine, Hybrid, Uniform
 from multidiff.training import MaskedDiffusionModule
 from tests.helpers.far import FAR, FarDevice, send
+from tests.helpers.pipelines import items
 from tests.helpers.ranks import QUIET
 from tests.helpers.runs import config, scalars, write_config, write_folder
 
@@ -137,6 +139,49 @@ def test_validate_and_test_report_nats_per_token(trained, capsys):
             assert f"{stage}/{label}" in printed
 
 
+def test_uniform_and_mixed_noise_train_sample_and_come_back(tmp_path, capsys):
+    """From YAML to generation, by the folder and by the checkpoint."""
+    write_folder(tmp_path / "data")
+    made = config(tmp_path, max_steps=3, val_check_interval=3)
+    arguments = made["model"]["init_args"]
+    arguments["transformer"] |= {"time_input": True}
+    arguments["objective"] = {
+        "process": {"class_path": "multidiff.processes.Hybrid", "init_args": {"uniform_share": 0.2}},
+        "processes": {
+            "shout": {
+                "class_path": "multidiff.processes.Uniform",
+                "init_args": {"schedule": {"class_path": "multidiff.processes.Cosine"}},
+            }
+        },
+        "weighting": {"text": "clipped"},
+    }
+    arguments["samplers"] = {"shout": {"num_inference_steps": 5}, "text": {"sampler": "ancestral"}}
+    main(["fit", "--config", write_config(tmp_path, made)])
+    assert {"validation/joint", "standard_error/validation/joint"} <= scalars(tmp_path).keys()
+    pipes = [
+        MultiDiffPipeline.from_pretrained(path) for path in (tmp_path / "model", tmp_path / "checkpoints" / "last.ckpt")
+    ]
+    processes = {"text": Hybrid(uniform_share=0.2), "shout": Uniform(Cosine())}
+    assert [pipe.processes for pipe in pipes] == [processes] * 2
+    outputs = []
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        assert isinstance(pipe.samplers["text"], AncestralSampler)
+        assert pipe.samplers["shout"].settings["num_inference_steps"] == 5
+        documents = [[Given("text", "abcd"), Blank("shout")], [Blank("text"), Given("shout", "ABCD")]]
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        outputs.append(pipe(documents, generator=generators))
+    assert items(outputs[0].documents) == items(outputs[1].documents)
+    capsys.readouterr()
+    generate = ["generate", "--model", str(tmp_path / "model"), "--given", "text=abcd", "--fill", "shout"]
+    main([*generate, "--output", str(tmp_path / "made"), "--sampler.shout.temperature", "0.5"])
+    with pytest.raises(SystemExit, match="sampler of 'shout' decides masked codes, but its process Uniform masks none"):
+        main([*generate, "--output", str(tmp_path / "other"), "--sampler.shout.sampler", "mask"])
+    arguments["samplers"]["shout"] = {"sampler": "mask"}
+    with pytest.raises(SystemExit, match=r"model\.samplers, shout: The sampler of 'shout' decides masked codes"):
+        main(["fit", "--config", write_config(tmp_path, made), "--overwrite", "true"])
+
+
 def test_an_untrained_model_is_near_uniform(tmp_path):
     write_folder(tmp_path / "data")
     path = write_config(tmp_path, config(tmp_path))
@@ -244,6 +289,28 @@ def test_a_step_never_waits_for_the_device(tmp_path, accumulate):
         assert float(loss.detach()) == pytest.approx(near, rel=1e-6)
     assert len(device.waits) == 1  # the line above: waits are counted
     assert logged["loss"].device == FAR
+
+
+def test_label_smoothing_trains_and_is_not_logged(tmp_path):
+    """ε of the target is spread over all ids: (1 - ε) times the cross-entropy, and ε times the mean of -log p."""
+    data, logged, smoothing = labelled(tmp_path), [], 0.2
+    for objective in (Objective(), Objective(label_smoothing=smoothing)):
+        module = MaskedDiffusionModule(TOKENIZERS, SMALL, objective=objective)
+        batch = noised_batch(module, data)
+        logged.append({})
+        module.log = lambda name, value, **_: logged[-1].update({name: float(value)})
+        module.trainer = stub_trainer()
+        module.training_step(batch, 0)
+    positions = batch.logit_positions(module.vocabulary)
+    logits = module.transformer(batch.ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3)
+    log_probs = [torch.log_softmax(logits_NV.double(), 1) for logits_NV in logits]
+    targets = batch.targets_M.split(list(batch.sizes))
+    nats_M = torch.cat([-log.gather(1, target[:, None])[:, 0] for log, target in zip(log_probs, targets, strict=True)])
+    mean_M = torch.cat([-log.mean(1) for log in log_probs])
+    for logs, trained_M in zip(logged, (nats_M, (1 - smoothing) * nats_M + smoothing * mean_M), strict=True):
+        expected = float((trained_M * batch.loss_weights_M).sum() / batch.loss_divisor)
+        assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged[0]["train/text"] == pytest.approx(logged[1]["train/text"], rel=1e-6)
 
 
 def test_the_bounds_are_logged_as_often_as_the_trainer_logs(tmp_path):
