@@ -25,6 +25,8 @@ from multidiff.seeding import key_for, uniforms
 from multidiff.sequence import Example, Segment, Sequencer, TokenBatch
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary, Span
 
+_MOST = 1 - 2**-53  # the largest number below 1
+
 
 class NoisedBatch:
     """What a training step needs of a batch. Not a dataclass: Lightning casts the numbers in one to the precision of a
@@ -139,29 +141,39 @@ class Noising:
         Raises:
             ValueError: no task applies to a document.
         """
-        drawn = sorted(self._draw(examples), key=lambda one: one.length)
+        drawn = list(self._draw(examples))
+        if self.objective.complementary:
+            drawn = [twin for one in drawn for twin in (one, one._replace(twin=True))]
+        drawn.sort(key=lambda one: one.length)
         batch = self.sequencer.batch([one.segments for one in drawn])
         target_S = torch.tensor([role == "target" for one in drawn for role in one.roles])
         absent_S = torch.tensor([role == "absent" for one in drawn for role in one.roles])
         t_S = torch.tensor([t for one in drawn for t in one.times], dtype=torch.float64)
         keys, lengths, blocks = [one.key for one in drawn], [one.length for one in drawn], itertools.count(1)
+        twin_S = torch.tensor([one.twin for one in drawn])[batch.document_S]
+        twin_P = torch.tensor([one.twin for one in drawn])[batch.document_P] if self.objective.complementary else None
 
         def uniform() -> Tensor:
-            return uniforms(keys, lengths, next(blocks))
+            numbers_P = uniforms(keys, lengths, next(blocks))
+            return numbers_P if twin_P is None else torch.where(twin_P, (1 - numbers_P).clamp_max(_MOST), numbers_P)
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
-        t_P = batch.spread(t_S, 0.0)
         ids_P = torch.where(absent_P, MASK, batch.ids_P)
-        predicted_P, weight_P, noise_P = torch.zeros_like(target_P), torch.zeros_like(t_P), absent_P.double()
+        predicted_P, noise_P = torch.zeros_like(target_P), absent_P.double()
+        weight_P = torch.zeros_like(noise_P)
         vocabulary = self.sequencer.vocabulary
         names = list(vocabulary.tokenizers)
         for process in dict.fromkeys(map(self.objective.process_of, names)):
             places = [place for place, name in enumerate(names) if self.objective.process_of(name) == process]
             mine_S = torch.isin(batch.tokenizer_S, torch.tensor(places))
-            own_P = t_P.where(batch.spread(mine_S, False), 0.0)
+            if self.objective.complementary:
+                opposite_S = process.time(1 - process.noise(t_S)).clamp(*self.objective.times)
+                t_S = torch.where(mine_S & twin_S & target_S, opposite_S, t_S)
+            own_P = batch.spread(t_S.where(mine_S, 0.0), 0.0)
             noise_P = torch.where(own_P > 0, process.noise(own_P), noise_P)
             made = process.corrupt(ids_P, batch.span_P, vocabulary.span_edges, own_P, uniform)
             ids_P, predicted_P, weight_P = made.ids_P, predicted_P | made.predicted_P, weight_P + made.weight_P
+        t_P = batch.spread(t_S, 0.0)
         return self._assemble(batch, ids_P, predicted_P, weight_P, noise_P, t_P, target_P, target_S)
 
     def _draw(self, examples: Sequence[Example]) -> Iterator[_Drawn]:
@@ -262,3 +274,4 @@ class _Drawn(NamedTuple):
     times: list[float]
     key: int
     length: int  # tokens
+    twin: bool = False  # whether it has the noise that the other one lacks

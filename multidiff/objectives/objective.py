@@ -46,6 +46,9 @@ class Objective:
             much to learn from (Arriola et al. 2025, BD3-LM, arXiv 2503.09573, section 4), and the loss bounds nothing.
         label_smoothing: ε, the share of the target that is spread over all ids of the span (Szegedy et al. 2016, arXiv
             1512.00567, section 7), where noise is absorbing. What is logged has none.
+        complementary: train each document twice in its batch, the second time with the noise that the first lacks:
+            masks where it has none, at the time with 1 - the noise. Every code of a target is then predicted once (Wu
+            et al. 2025, Fast-dLLM v2, arXiv 2509.26328, section 3). A batch takes twice the tokens.
 
     Raises:
         ValueError: a value outside of these.
@@ -59,6 +62,7 @@ class Objective:
     loss_weights: dict[str, float] = field(default_factory=dict)
     times: tuple[float, float] = (SMALLEST, 1.0)
     label_smoothing: float = 0.0
+    complementary: bool = False
 
     def __post_init__(self) -> None:
         for name, value in self.loss_weights.items():

@@ -67,6 +67,10 @@ class Interpolating(Process):
         """1 - α(t) of the schedule."""
         return 1 - self.schedule.alpha(t)
 
+    def time(self, noise: Tensor) -> Tensor:
+        """α⁻¹(1 - noise)."""
+        return self.schedule.inverse(1 - noise)
+
     def corrupt(self, ids_P: Tensor, span_P: Tensor, spans_S2: Tensor, t_P: Tensor, draw: Draw) -> CorruptedTokens:
         """Noise tokens, each on its own, where t > 0. The loss is at all of these."""
         predicted_P = (span_P >= 0) & (t_P > 0)

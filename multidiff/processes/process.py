@@ -51,6 +51,10 @@ class Process(ABC):  # jsonargparse cannot build a default for a typing.Protocol
         schedule."""
 
     @abstractmethod
+    def time(self, noise: Tensor) -> Tensor:
+        """The t at which there is this much noise, the inverse of `noise`."""
+
+    @abstractmethod
     def corrupt(self, ids_P: Tensor, span_P: Tensor, spans_S2: Tensor, t_P: Tensor, draw: Draw) -> CorruptedTokens:
         """Draw x_t.
 
