@@ -135,7 +135,7 @@ def load_sampler(values: Mapping[str, Any], process: Process | None, where: str)
     settings = dict(values)
     kind = settings.pop("sampler", "ancestral" if isinstance(default_sampler(process), AncestralSampler) else "mask")
     if kind == "ancestral":
-        return AncestralSampler.from_settings(settings, process or Absorbing(), where)
+        return AncestralSampler.from_settings(settings, process or Absorbing(), f"{where} (sampler: ancestral)")
     if kind == "mask":
         return MaskSampler.from_settings(settings, where)
     raise ValueError(f"{where}: sampler {kind!r} must be mask or ancestral")

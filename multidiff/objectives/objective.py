@@ -17,6 +17,7 @@ from multidiff.objectives.times import SMALLEST
 from multidiff.processes import Absorbing, Process
 from multidiff.sequence.vocabulary import SharedVocabulary
 
+_WEIGHT_LIMIT = 5.0
 Weighting = Literal["elbo", "uniform", "clipped", "softmin"]
 Normalisation = Literal["targets", "masked", "segments", "documents"]
 
@@ -36,7 +37,7 @@ class Objective:
             tokenizers or by name ("elbo" where not named). "elbo": w(t) of the bound. "uniform": 1 (as MaskGIT and
             MUSE train). "clipped": min(w(t), γ), as min-SNR (Hang et al. 2023, arXiv 2303.09556). "softmin":
             γ w(t) / (γ + w(t)), its smooth form, as soft-min-SNR (Crowson et al. 2024, arXiv 2401.11605).
-        weight_limit: γ.
+        weight_limit: γ, of "clipped" and "softmin"; None is 5.
         normalisation: divide by "targets", all target tokens (as LLaDA does), or by "masked", those with a loss; or
             take the mean over the targets of a segment and then over "segments", or over the targets of a document and
             then over "documents". All are over a whole optimizer step.
@@ -57,7 +58,7 @@ class Objective:
     process: Process = field(default_factory=Absorbing)
     processes: dict[str, Process] = field(default_factory=dict)
     weighting: Weighting | dict[str, Weighting] = "elbo"
-    weight_limit: float = 5.0
+    weight_limit: float | None = None
     normalisation: Normalisation = "targets"
     loss_weights: dict[str, float] = field(default_factory=dict)
     times: tuple[float, float] = (SMALLEST, 1.0)
@@ -69,11 +70,17 @@ class Objective:
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"The objective's loss weight of {name!r} must be a number above 0, not {value!r}.")
         known = get_args(Weighting)
-        for value in self.weighting.values() if isinstance(self.weighting, Mapping) else [self.weighting]:
+        weightings = self.weighting.values() if isinstance(self.weighting, Mapping) else [self.weighting]
+        for value in weightings:
             if value not in known:
                 raise ValueError(f"The objective's weighting must be {' or '.join(known)}, not {value!r}.")
-        if not isinstance(self.weight_limit, int | float) or not 0 < self.weight_limit < math.inf:
-            raise ValueError(f"The objective's weight_limit must be a number above 0, not {self.weight_limit!r}.")
+        if self.weight_limit is not None:
+            if not isinstance(self.weight_limit, int | float) or not 0 < self.weight_limit < math.inf:
+                raise ValueError(f"The objective's weight_limit must be a number above 0, not {self.weight_limit!r}.")
+            if not {"clipped", "softmin"} & set(weightings):
+                raise ValueError(
+                    f"The objective's weight_limit {self.weight_limit} goes with the weighting clipped or softmin."
+                )
         known = get_args(Normalisation)
         if self.normalisation not in known:
             raise ValueError(f"The objective's normalisation must be {' or '.join(known)}, not {self.normalisation!r}.")
@@ -129,8 +136,9 @@ class Objective:
     def _weighted(self, weighting: Weighting, bound_M: Tensor) -> Tensor:
         if weighting == "uniform":
             return torch.ones_like(bound_M)
+        limit = _WEIGHT_LIMIT if self.weight_limit is None else self.weight_limit
         if weighting == "clipped":
-            return bound_M.clamp_max(self.weight_limit)
+            return bound_M.clamp_max(limit)
         if weighting == "softmin":
-            return self.weight_limit * bound_M / (self.weight_limit + bound_M)
+            return limit * bound_M / (limit + bound_M)
         return bound_M

@@ -85,6 +85,11 @@ class AveragedWeights(WeightAveraging):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap(pl_module, False)  # an interrupted validation
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Outside of training the average is all that counts, and it is the checkpoint's `state_dict`."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The live weights stay until everything is saved."""
 

@@ -256,6 +256,7 @@ class MaskedDiffusionModule(LightningModule):
         if data is not None and hasattr(data, "vocabulary"):
             self.vocabulary.check(data.vocabulary, "the data module (data.init_args.tokenizers)")
         if isinstance(data, DocumentDataModule):
+            self._labels = list(dict.fromkeys([*self._labels, *data.labels]))
             data.collate = Noising(data.sequencer, self.tasks, self.objective, self.seed)
             data.collate_evaluation = partial(EvaluationBatch.of, sequencer=data.sequencer, seed=self.seed)
             if stage == "fit":

@@ -23,7 +23,8 @@ def test_weights_of_the_bound():
     bound_S, tokenizer_S = torch.tensor([0.5, 8.0, 8.0, 100.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
 
     def weights(weighting):
-        return Objective(weighting=weighting, weight_limit=2.0).weights(bound_S, tokenizer_S, vocabulary).tolist()
+        limit = 2.0 if "clipped" in str(weighting) or weighting == "softmin" else None
+        return Objective(weighting=weighting, weight_limit=limit).weights(bound_S, tokenizer_S, vocabulary).tolist()
 
     assert weights("elbo") == [0.5, 8.0, 8.0, 100.0]
     assert weights("uniform") == [1.0] * 4
@@ -68,7 +69,9 @@ def test_bad_settings():
             Objective(loss_weights={"a": weight})
     for limit in (0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="weight_limit must be a number above 0"):
-            Objective(weight_limit=limit)
+            Objective(weighting="clipped", weight_limit=limit)
+    with pytest.raises(ValueError, match=r"weight_limit 2.0 goes with the weighting clipped or softmin"):
+        Objective(weighting={"a": "elbo"}, weight_limit=2.0)
     for smoothing in (-0.1, 1.0, math.nan, "some"):
         with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):
             Objective(label_smoothing=smoothing)
