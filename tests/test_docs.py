@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 
 import multidiff
 from multidiff import MaskSampler
+from multidiff.checkpoints import load_sampler
 from multidiff.cli import configuration
 from multidiff.data.folder import parse_metadata
 from multidiff.objectives import Task
@@ -128,7 +129,7 @@ def test_tasks_are_tasks(page):
 def test_settings_of_samplers_are_valid(code):
     for name, settings in yaml.safe_load(code).items():
         if isinstance(settings, dict) and not settings.keys() & {"plugin", "class_path", "weighting", "process"}:
-            MaskSampler.from_settings(settings, name)
+            load_sampler(settings, None, name)
 
 
 @cache

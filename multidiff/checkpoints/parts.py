@@ -132,17 +132,19 @@ def load_samplers(
 def load_sampler(values: Mapping[str, Any], process: Process | None, where: str) -> Sampler:
     """A sampler from settings, among which `sampler` says which; without it, the one that the process takes by
     default."""
-    settings = dict(values)
-    kind = settings.pop("sampler", "ancestral" if isinstance(default_sampler(process), AncestralSampler) else "mask")
+    settings, process = dict(values), process or Absorbing()
+    default = "ancestral" if isinstance(default_sampler(process), AncestralSampler) else "mask"
+    kind = settings.pop("sampler", default)
     if kind == "ancestral":
-        return AncestralSampler.from_settings(settings, process or Absorbing(), f"{where} (sampler: ancestral)")
+        chosen = "" if "sampler" in values else f" (the ancestral sampler, which {type(process).__name__} noise needs)"
+        return AncestralSampler.from_settings(settings, process, where + chosen)
     if kind == "mask":
         return MaskSampler.from_settings(settings, where)
     raise ValueError(f"{where}: sampler {kind!r} must be mask or ancestral")
 
 
 def sampler_settings(name: str, sampler: Sampler) -> dict[str, Any]:
-    """What `load_sampler` makes the sampler of again.
+    """The settings from which `load_sampler` restores the sampler.
 
     Raises:
         ValueError: a sampler that cannot be saved.

@@ -142,6 +142,10 @@ class _Segment(argparse.Action):
         getattr(namespace, self.dest).append((option_string, name, value))
 
 
+# What samplers of every kind have.
+_SHARED = ("num_inference_steps", "temperature", "guidance_scale", "guidance_schedule", "canvas")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 999,999,999")
@@ -164,7 +168,7 @@ def _generate(preset: str | None, options: argparse.Namespace, overrides: dict[s
         pipeline.vocabulary.layout(name)
         saved = sampler_settings(name, pipeline.samplers[name])
         if settings.get("sampler", saved["sampler"]) != saved["sampler"]:
-            saved = {}  # another kind of sampler has other settings
+            saved = {key: saved[key] for key in _SHARED if saved.get(key) is not None}
         sampler = load_sampler({**saved, **settings}, pipeline.processes.get(name), f"--sampler.{name}")
         pipeline.sequencer.blank(name, sampler.canvas or {})
         pipeline.samplers[name] = sampler

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.objectives.times import spread_uniform
-from multidiff.processes import Absorbing, Process
+from multidiff.processes import Absorbing, Interpolating, LogLinear, Process
 from multidiff.seeding import generator_for, key_for, uniforms
 from multidiff.sequence import MASK, Example, Sequencer, SharedVocabulary, TokenBatch
 
@@ -103,6 +104,8 @@ def likelihood(
         return nats_D, tokens_D.to(device)
     target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
     spans = [span for _, _, span in vocabulary.flat_spans]
+    if estimator == "times":  # the bound is that of every schedule which begins clean and ends in nothing but noise
+        of_names = {name: _without_ends(process) for name, process in of_names.items()}
     for draw in range(draws):
         if estimator == "counts":
             noised = _mask_exactly(documents, target_P, mode, draw, draws)
@@ -242,6 +245,10 @@ def _noise_at_times(
             noise_P=torch.where(own_P > 0, processes[name].noise(own_P), noised.noise_P),
         )
     return noised
+
+
+def _without_ends(process: Process) -> Process:
+    return replace(process, schedule=LogLinear(0.0)) if isinstance(process, Interpolating) else process
 
 
 def _stratum(seed: int, number: int, draw: int, draws: int) -> float:

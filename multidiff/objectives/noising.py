@@ -25,8 +25,6 @@ from multidiff.seeding import key_for, uniforms
 from multidiff.sequence import Example, Segment, Sequencer, TokenBatch
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary, Span
 
-_MOST = 1 - 2**-53  # the largest number below 1
-
 
 class NoisedBatch:
     """What a training step needs of a batch. Not a dataclass: Lightning casts the numbers in one to the precision of a
@@ -46,7 +44,7 @@ class NoisedBatch:
         tokenizer_M: int64, place of the tokenizer.
         tokens: what each tokenizer's nats are divided by.
         loss_divisor: float32, what the loss is divided by.
-        num_documents: documents of the batch.
+        num_documents: documents of the batch; complementary twins count once.
     """
 
     _SENT = (
@@ -155,7 +153,7 @@ class Noising:
 
         def uniform() -> Tensor:
             numbers_P = uniforms(keys, lengths, next(blocks))
-            return numbers_P if twin_P is None else torch.where(twin_P, (1 - numbers_P).clamp_max(_MOST), numbers_P)
+            return numbers_P if twin_P is None else torch.where(twin_P, 1 - numbers_P, numbers_P)
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
         ids_P = torch.where(absent_P, MASK, batch.ids_P)
@@ -253,7 +251,7 @@ class Noising:
             tokenizer_M=tokenizer_M,
             tokens=tokens_T.tolist(),
             loss_divisor=divisor.float(),
-            num_documents=batch.num_documents,
+            num_documents=batch.num_documents // (2 if objective.complementary else 1),
         )
 
 

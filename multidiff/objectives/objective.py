@@ -18,6 +18,7 @@ from multidiff.processes import Absorbing, Process
 from multidiff.sequence.vocabulary import SharedVocabulary
 
 _WEIGHT_LIMIT = 5.0
+_ENDS = 0.02  # how far the noise at both ends of complementary times may be from 1
 Weighting = Literal["elbo", "uniform", "clipped", "softmin"]
 Normalisation = Literal["targets", "masked", "segments", "documents"]
 
@@ -47,9 +48,9 @@ class Objective:
             much to learn from (Arriola et al. 2025, BD3-LM, arXiv 2503.09573, section 4), and the loss bounds nothing.
         label_smoothing: ε, the share of the target that is spread over all ids of the span (Szegedy et al. 2016, arXiv
             1512.00567, section 7), where noise is absorbing. What is logged has none.
-        complementary: train each document twice in its batch, the second time with the noise that the first lacks:
-            masks where it has none, at the time with 1 - the noise. Every code of a target is then predicted once (Wu
-            et al. 2025, Fast-dLLM v2, arXiv 2509.26328, section 3). A batch takes twice the tokens.
+        complementary: train each document twice in its batch, the second time with masks where the first has none, at
+            the time with 1 - the noise, where noise is absorbing. Every code of a target is then predicted once (Wu et
+            al. 2025, Fast-dLLM v2, arXiv 2509.26328, section 3). A batch takes twice the tokens.
 
     Raises:
         ValueError: a value outside of these.
@@ -91,7 +92,7 @@ class Objective:
             raise ValueError(f"The objective's times must be a range within [{SMALLEST}, 1], not {list(self.times)}.")
 
     def check(self, vocabulary: SharedVocabulary) -> None:
-        """Refuse settings of tokenizers that do not exist, and label smoothing of what is no cross-entropy.
+        """Refuse settings of tokenizers that do not exist, and what their processes do not allow.
 
         Raises:
             ValueError: it names the tokenizer.
@@ -104,6 +105,17 @@ class Objective:
                 raise ValueError(
                     f"label_smoothing {self.label_smoothing} goes with absorbing noise, whose loss is a cross-entropy, "
                     f"but {name!r} has {type(process).__name__}."
+                )
+            if self.complementary and type(process) is not Absorbing:
+                raise ValueError(
+                    f"complementary goes with absorbing noise, which predicts a part of the tokens, but {name!r} has "
+                    f"{type(process).__name__}."
+                )
+            both = float(process.noise(torch.tensor(self.times, dtype=torch.float64)).sum())
+            if self.complementary and abs(both - 1) > _ENDS:
+                raise ValueError(
+                    f"complementary needs a range of times whose noise at both ends adds up to 1, but that of {name!r} "
+                    f"at {list(self.times)} adds up to {both:.3g}."
                 )
 
     def process_of(self, name: str) -> Process:

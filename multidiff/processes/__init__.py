@@ -2,6 +2,7 @@
 
 from multidiff.processes.absorbing import Absorbing
 from multidiff.processes.hybrid import Hybrid
+from multidiff.processes.interpolating import Interpolating
 from multidiff.processes.process import CorruptedTokens, Process
 from multidiff.processes.schedules import Cosine, CosineSquared, Geometric, LogLinear, Polynomial, Schedule
 from multidiff.processes.storage import from_settings, to_settings
@@ -14,6 +15,7 @@ __all__ = [
     "CosineSquared",
     "Geometric",
     "Hybrid",
+    "Interpolating",
     "LogLinear",
     "Polynomial",
     "Process",

@@ -5,14 +5,13 @@ Shape suffixes: P tokens, S spans, N tokens of one span, V local ids of a span.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from multidiff.processes.interpolating import Interpolating, Shares
 from multidiff.processes.process import CorruptedTokens, Draw
-from multidiff.processes.schedules import LogLinear, Schedule
 from multidiff.sequence.vocabulary import MASK
 
 
@@ -29,18 +28,13 @@ class Absorbing(Interpolating):
         schedule: α. The log-linear one has w(t) = 1/t.
     """
 
-    schedule: Schedule = field(default_factory=LogLinear)
-
-    def __post_init__(self) -> None:
-        self.schedule.check()
-
     @property
     def starts_masked(self) -> bool:
         return True
 
     def shares(self, t: Tensor) -> Shares:
-        clean = self.schedule.alpha(t)
-        return Shares(clean, torch.zeros_like(clean), 1 - clean)
+        noise = self.schedule.noise(t)
+        return Shares(self.schedule.alpha(t), torch.zeros_like(noise), noise)
 
     def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.schedule.weight(t)
@@ -50,7 +44,7 @@ class Absorbing(Interpolating):
         """Mask tokens with probability 1 - α(t), where t > 0. The loss is at these."""
         noised_P = (span_P >= 0) & (t_P > 0)
         t_P = t_P.where(noised_P, 1.0)
-        masked_P = noised_P & (draw() < 1 - self.schedule.alpha(t_P))
+        masked_P = noised_P & (draw() < self.schedule.noise(t_P))
         return CorruptedTokens(
             torch.where(masked_P, MASK, ids_P), masked_P, self.schedule.weight(t_P).where(masked_P, 0.0)
         )

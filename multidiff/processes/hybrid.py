@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from multidiff.processes.interpolating import Interpolating, Shares
-from multidiff.processes.schedules import LogLinear, Schedule
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,10 @@ class Hybrid(Interpolating):
         ValueError: a share outside of (0, 1).
     """
 
-    schedule: Schedule = field(default_factory=LogLinear)
     uniform_share: float = 0.1
 
     def __post_init__(self) -> None:
-        self.schedule.check()
+        super().__post_init__()
         if not isinstance(self.uniform_share, int | float) or not 0 < self.uniform_share < 1:
             raise ValueError(
                 f"uniform_share {self.uniform_share!r} of the hybrid process must be between 0 and 1. Without uniform "
@@ -46,15 +44,15 @@ class Hybrid(Interpolating):
         return True
 
     def shares(self, t: Tensor) -> Shares:
-        clean = self.schedule.alpha(t)
-        mixed = self._mixed(clean)
-        return Shares(clean / (1 + mixed), mixed / (1 + mixed), (1 - clean) / (1 + mixed))
+        mixed = self._mixed(t)
+        return Shares(self.schedule.alpha(t) / (1 + mixed), mixed / (1 + mixed), self.schedule.noise(t) / (1 + mixed))
 
     def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """w_mask = n' / (n (1 + c)), and w_code is half of it."""
-        weight = self.schedule.weight(t) / (1 + self._mixed(self.schedule.alpha(t)))
+        weight = self.schedule.weight(t) / (1 + self._mixed(t))
         return weight, weight / 2
 
-    def _mixed(self, clean: Tensor) -> Tensor:
-        scale = 2 * self.uniform_share / (1 - self.uniform_share)
-        return scale * (clean * (1 - clean)).clamp_min(torch.finfo(clean.dtype).tiny).sqrt()
+    def _mixed(self, t: Tensor) -> Tensor:
+        """c."""
+        both = self.schedule.noise(t) * self.schedule.alpha(t)
+        return 2 * self.uniform_share / (1 - self.uniform_share) * both.clamp_min(torch.finfo(both.dtype).tiny).sqrt()

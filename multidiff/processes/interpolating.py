@@ -25,13 +25,14 @@ Shape suffixes: P tokens, S spans, M some tokens, N those of one span, V local i
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from multidiff.processes.process import CorruptedTokens, Draw, Process
-from multidiff.processes.schedules import Schedule
+from multidiff.processes.schedules import LogLinear, Schedule
 from multidiff.sequence.vocabulary import MASK
 
 _SMALLEST = 1e-6  # of α V / u: below it, nothing is left to learn from
@@ -46,14 +47,21 @@ class Shares(NamedTuple):
     mask: Tensor
 
 
+@dataclass(frozen=True)
 class Interpolating(Process):
     """A process that is given by its shares and weights at time t.
 
     Attributes:
         schedule: α, which decides how fast noise comes.
+
+    Raises:
+        ValueError: a schedule that does not run from clean to noised.
     """
 
-    schedule: Schedule
+    schedule: Schedule = field(default_factory=LogLinear)
+
+    def __post_init__(self) -> None:
+        self.schedule.check()
 
     @abstractmethod
     def shares(self, t: Tensor) -> Shares:
@@ -65,7 +73,7 @@ class Interpolating(Process):
 
     def noise(self, t: Tensor) -> Tensor:
         """1 - α(t) of the schedule."""
-        return 1 - self.schedule.alpha(t)
+        return self.schedule.noise(t)
 
     def time(self, noise: Tensor) -> Tensor:
         """α⁻¹(1 - noise)."""
@@ -115,17 +123,16 @@ class Interpolating(Process):
         clean_t, uniform_t, mask_t = self._shares_at(t)
         clean_s, uniform_s, mask_s = self._shares_at(s)
         kept = clean_t / clean_s
-        code_M1 = (ids_M < size)[:, None]
-        each_M1 = 1 / sizes_M[:, None].double()
+        each_M1, ids_M1 = 1 / sizes_M[:, None].double(), ids_M[:, None]
         # q(x_t | x_s) at every x_s: what arrives at x_t from anywhere, and more from x_t itself.
-        arrives_M1 = torch.where(
-            code_M1, max(0.0, uniform_t - kept * uniform_s) * each_M1, max(0.0, mask_t - kept * mask_s)
-        )
-        stays_MX = torch.nn.functional.one_hot(ids_M, size + 1).double() * kept
+        of_code, of_mask = max(0.0, uniform_t - kept * uniform_s), max(0.0, mask_t - kept * mask_s)
+        arrives_M1 = torch.where(ids_M1 < size, of_code * each_M1, of_mask)
         there_MV = torch.arange(size, device=ids_M.device) < sizes_M[:, None]
         before_MV = clean_s * log_probs_MV.double().exp() + uniform_s * each_M1 * there_MV
         before_MX = torch.cat([before_MV, before_MV.new_full((count, 1), mask_s)], 1)
-        joint_MX = (arrives_M1 + stays_MX) * before_MX
+        joint_MX = (arrives_M1 * before_MX).scatter_add_(1, ids_M1, kept * before_MX.gather(1, ids_M1))
+        # A model may rule out a token that cannot change any more. The limit of the step then keeps it.
+        joint_MX.scatter_add_(1, ids_M1, (joint_MX.sum(1, keepdim=True) == 0).double())
         return (joint_MX / joint_MX.sum(1, keepdim=True)).log()
 
     def _shares_at(self, t: float) -> tuple[float, float, float]:

@@ -62,7 +62,7 @@ class Process(ABC):  # jsonargparse cannot build a default for a typing.Protocol
             ids_P: int64, clean shared ids.
             span_P: int64, index of the span of each token; negative at structure, which stays as it is.
             spans_S2: int64, the first shared id of each span and the one behind its last.
-            t_P: float64, the time of each token. 0 leaves a token as it is; 1 draws it from the prior.
+            t_P: float64, the time of each token. 0 leaves a token as it is.
             draw: draws float64 [P] in [0, 1), new ones at each call. Tokens need numbers of their own wherever they
                 stand in a batch, which the caller knows how to give.
         """

@@ -31,15 +31,20 @@ class Schedule(ABC):
     def inverse(self, alpha: Tensor) -> Tensor:
         """The t at which α(t) = alpha."""
 
+    def noise(self, t: Tensor) -> Tensor:
+        """1 - α(t). Where α is near 1, a schedule's own formula keeps the digits that the difference loses."""
+        return 1 - self.alpha(t)
+
     def check(self) -> None:
         """Refuse a schedule that cannot train a model.
 
         Raises:
-            ValueError: α is not within 0.1 of 1 at t = 0 and of 0 at t = 1, or rises somewhere.
+            ValueError: α is not within 0.1 of 1 at t = 0 and of 0 at t = 1, leaves [0, 1], or rises somewhere.
         """
         alpha = self.alpha(torch.linspace(0, 1, 101, dtype=torch.float64))
         first, last = alpha[0].item(), alpha[-1].item()
-        if not (abs(first - 1) < _ENDS and abs(last) < _ENDS and bool((alpha.diff() <= 0).all())):
+        inside = bool(((alpha >= 0) & (alpha <= 1)).all())
+        if not (inside and first > 1 - _ENDS and last < _ENDS and bool((alpha.diff() <= 0).all())):
             raise ValueError(
                 f"The schedule {self} does not run from clean to noised: α is {first:.3g} at time 0 and {last:.3g} at "
                 "time 1. It must fall from 1 to 0; set its parameters so that it does."
@@ -47,7 +52,7 @@ class Schedule(ABC):
 
     def weight(self, t: Tensor) -> Tensor:
         """Weight of the cross-entropy at masked positions in the bound, for t > 0."""
-        return -self.derivative(t) / (1 - self.alpha(t))
+        return -self.derivative(t) / self.noise(t)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,10 @@ class LogLinear(Schedule):
     epsilon: float = 1e-3
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - (1 - self.epsilon) * t
+        return 1 - self.noise(t)
+
+    def noise(self, t: Tensor) -> Tensor:
+        return (1 - self.epsilon) * t
 
     def derivative(self, t: Tensor) -> Tensor:
         return torch.full_like(t, self.epsilon - 1)
@@ -95,7 +103,10 @@ class Polynomial(Schedule):
             raise ValueError(f"The power of a polynomial schedule must be a number above 0, not {self.power!r}.")
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - (1 - self.epsilon) * t**self.power
+        return 1 - self.noise(t)
+
+    def noise(self, t: Tensor) -> Tensor:
+        return (1 - self.epsilon) * t**self.power
 
     def derivative(self, t: Tensor) -> Tensor:
         return (self.epsilon - 1) * self.power * t ** (self.power - 1)
@@ -118,13 +129,16 @@ class Cosine(Schedule):
     epsilon: float = 1e-3
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - (1 - self.epsilon) * torch.sin(math.pi / 2 * t)
+        return 1 - self.noise(t)
+
+    def noise(self, t: Tensor) -> Tensor:
+        return (1 - self.epsilon) * torch.sin(math.pi / 2 * t)
 
     def derivative(self, t: Tensor) -> Tensor:
         return -(1 - self.epsilon) * math.pi / 2 * torch.cos(math.pi / 2 * t)
 
     def inverse(self, alpha: Tensor) -> Tensor:
-        return 2 / math.pi * torch.arcsin((1 - alpha) / (1 - self.epsilon))
+        return 2 / math.pi * torch.arcsin(((1 - alpha) / (1 - self.epsilon)).clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -138,13 +152,16 @@ class CosineSquared(Schedule):
     epsilon: float = 1e-3
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - (1 - self.epsilon) * torch.sin(math.pi / 2 * t) ** 2
+        return 1 - self.noise(t)
+
+    def noise(self, t: Tensor) -> Tensor:
+        return (1 - self.epsilon) * torch.sin(math.pi / 2 * t) ** 2
 
     def derivative(self, t: Tensor) -> Tensor:
         return -(1 - self.epsilon) * math.pi / 2 * torch.sin(math.pi * t)
 
     def inverse(self, alpha: Tensor) -> Tensor:
-        return 2 / math.pi * torch.arcsin(((1 - alpha) / (1 - self.epsilon)).sqrt())
+        return 2 / math.pi * torch.arcsin(((1 - alpha) / (1 - self.epsilon)).clamp(0, 1).sqrt())
 
     def weight(self, t: Tensor) -> Tensor:
         return math.pi / torch.tan(math.pi / 2 * t)  # the general form, with the rounding of 1 - α gone
@@ -172,6 +189,9 @@ class Geometric(Schedule):
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(-self._sigma(t))
+
+    def noise(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-self._sigma(t))
 
     def derivative(self, t: Tensor) -> Tensor:
         sigma = self._sigma(t)

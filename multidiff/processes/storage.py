@@ -24,7 +24,7 @@ _NAMES = {kind: name for name, kind in (_PROCESSES | _SCHEDULES).items()}
 
 
 def to_settings(process: Process) -> dict[str, Any]:
-    """Plain settings of a process, of which `from_settings` makes it again.
+    """The settings of a process, from which `from_settings` restores it.
 
     A schedule of one's own is left out where the noise is absorbing: neither sampling nor the bound depends on it.
 
@@ -66,13 +66,18 @@ def from_settings(settings: Any, where: str) -> Process:
 
 
 def _made(settings: Any, kind: str, known: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(settings, Mapping) or settings.get(kind) not in known:
-        said = settings.get(kind) if isinstance(settings, Mapping) else settings
-        raise ValueError(f"{where}: {kind} {said!r} must be one of {', '.join(known)}")
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{where}: expected a table with the key {kind}, got {settings!r}")
+    name = settings.get(kind)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{where}: {kind} {name!r} must be one of {', '.join(known)}")
     arguments = {key: value for key, value in settings.items() if key != kind}
-    if kind == "process" and "schedule" in arguments:
-        arguments["schedule"] = _made(arguments["schedule"], "schedule", _SCHEDULES, where)
+    for key, value in arguments.items():
+        if kind == "process" and key == "schedule":
+            arguments[key] = _made(value, "schedule", _SCHEDULES, where)
+        elif not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{where}: {key} must be a number, got {value!r}")
     try:
-        return known[settings[kind]](**arguments)
+        return known[name](**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from multidiff.processes.interpolating import Interpolating, Shares
-from multidiff.processes.schedules import LogLinear, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,13 @@ class Uniform(Interpolating):
         schedule: α.
     """
 
-    schedule: Schedule = field(default_factory=LogLinear)
-
-    def __post_init__(self) -> None:
-        self.schedule.check()
-
     @property
     def starts_masked(self) -> bool:
         return False
 
     def shares(self, t: Tensor) -> Shares:
-        clean = self.schedule.alpha(t)
-        return Shares(clean, 1 - clean, torch.zeros_like(clean))
+        noise = self.schedule.noise(t)
+        return Shares(self.schedule.alpha(t), noise, torch.zeros_like(noise))
 
     def weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """w_code = -α' / (1 - α)."""

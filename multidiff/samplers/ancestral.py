@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from multidiff.processes import Process
-from multidiff.samplers.checks import check_known, check_number, check_table
+from multidiff.samplers.checks import check_known, check_table
 from multidiff.samplers.frames import Frames, draw_frames
 from multidiff.samplers.guidance import Guidance
 from multidiff.samplers.protocol import SamplerOutput
@@ -51,14 +51,15 @@ class AncestralSampler:
     """Draws x_s from p(x_s | x_t) at every one of K steps from t = 1 to 0, at all positions at once.
 
     Where noise is uniform or mixed, every step may change every token, those that it has set before included. No
-    position counts as decided before the last step, in which codes of a frame become all EOS or all content.
+    position counts as decided before the last step, in which codes of a frame become all EOS or all content. The
+    probability of a token is that which the model gave it when it was last set.
 
     Args:
         process: the forward process that the model was trained with.
         num_inference_steps: K where a run does not say; None is 64. Positions of one step are drawn as if independent,
             so more steps follow the model more closely.
         temperature: divides the logits of x_0; 0 takes the most probable one, so that only noise is left to chance.
-        guidance_scale, guidance_schedule: as of `MaskSampler`.
+        guidance_scale, guidance_schedule: the same as in `MaskSampler`.
         canvas: size of a blank where a request does not say; None is the tokenizer's default.
 
     Raises:
@@ -90,7 +91,7 @@ class AncestralSampler:
     ):
         if num_inference_steps is not None:
             check_steps(num_inference_steps)
-        check_number("temperature", temperature, least=0)
+        TokenSampling(temperature)  # checks it
         if canvas is not None:
             check_table("canvas", canvas)
         self.process, self.num_inference_steps, self.temperature = process, num_inference_steps, temperature
@@ -178,25 +179,40 @@ class AncestralSampler:
     ) -> SamplerOutput:
         """One step of the reverse process, which takes a random number for each position."""
         t, s = (timestep + 1) / state.steps, timestep / state.steps
-        uniform_M = draw_uniform(where.sum(1).tolist(), 1, generator)[:, 0].to(sample_RN.device)
-        logits_MV = model_output.to(sample_RN.device).double()
-        log_probs_MV = torch.log_softmax(logits_MV if self.temperature == 0 else logits_MV / self.temperature, -1)
-        check_finite(log_probs_MV.amax(-1))
+        device, logits_MV = model_output.device, model_output.double()
+        log_probs_MV = torch.log_softmax(logits_MV, -1)
         if self.temperature == 0:
             best_M1 = log_probs_MV.argmax(-1, keepdim=True)
-            log_probs_MV = torch.full_like(log_probs_MV, -torch.inf).scatter(1, best_M1, 0.0)
-        log_MX = self.process.posterior(log_probs_MV, sample_RN[where], state.sizes_RN[where], t, s)
-        drawn = TokenSampling().sample(log_MX, uniform_M)
-        sample_RN, probs_RN, undecided_RN = sample_RN.clone(), state.probs_RN, state.undecided_RN
-        sample_RN[where] = drawn.token_M
+            sharp_MV = torch.full_like(log_probs_MV, -torch.inf).scatter(1, best_M1, 0.0)
+        else:
+            sharp_MV = log_probs_MV if self.temperature == 1 else torch.log_softmax(logits_MV / self.temperature, -1)
+        ids_M, sizes_M, uniform_M = (
+            table.to(device, non_blocking=True)
+            for table in (
+                sample_RN[where],
+                state.sizes_RN[where],
+                draw_uniform(where.sum(1).tolist(), 1, generator)[:, 0],
+            )
+        )
+        log_MX = self.process.posterior(sharp_MV, ids_M, sizes_M, t, s)
+        token_M = TokenSampling().sample(log_MX, uniform_M).token_M
+        said_M = log_probs_MV.gather(1, token_M.clamp_max(log_probs_MV.shape[1] - 1)[:, None])[:, 0]
+        # One transfer; float64 holds ids exactly.
+        token_M, said_M, finite_M = torch.stack([token_M.double(), said_M, log_probs_MV[:, 0]]).to(sample_RN.device)
+        check_finite(finite_M)
+        made_RN, probs_RN, undecided_RN = sample_RN.clone(), state.probs_RN.clone(), state.undecided_RN
+        made_RN[where] = token_M.long()
+        new_RN = (made_RN != sample_RN) | ((timestep == 0) & probs_RN.isnan() & where)
+        said_RN = torch.full_like(probs_RN, torch.nan).masked_scatter(where, said_M.exp())
+        probs_RN = torch.where(new_RN, said_RN.masked_fill(made_RN == state.mask_token_id, torch.nan), probs_RN)
         if timestep == 0:
-            probs_RN, undecided_RN = probs_RN.clone(), undecided_RN & ~where
-            probs_RN[where] = drawn.log_probs_M.exp()
+            undecided_RN = undecided_RN & ~where
             if state.frames is not None:
-                tables = (sample_RN, probs_RN, where, log_MX[:, :-1], where)
-                sample_RN, probs_RN = draw_frames(state.frames, *tables, TokenSampling(), generator)
+                # What its frame makes content is noise if it says EOS: the model alone says what else it is.
+                tables = (made_RN, probs_RN, where, model_output.to(sample_RN.device), where)
+                made_RN, probs_RN = draw_frames(state.frames, *tables, TokenSampling(self.temperature), generator)
         left_R = self._noise(s).expand(len(sample_RN))
-        return SamplerOutput(sample_RN, replace(state, undecided_RN=undecided_RN, probs_RN=probs_RN, left_R=left_R))
+        return SamplerOutput(made_RN, replace(state, undecided_RN=undecided_RN, probs_RN=probs_RN, left_R=left_R))
 
     def _noise(self, t: float) -> Tensor:
         return self.process.noise(torch.tensor(t, dtype=torch.float64))

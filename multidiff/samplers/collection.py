@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 
-from multidiff.processes import Process
+from multidiff.processes import Absorbing, Process
 from multidiff.samplers.ancestral import AncestralSampler
 from multidiff.samplers.protocol import Sampler
 from multidiff.samplers.sampler import MaskSampler
@@ -35,6 +35,8 @@ class Samplers(Mapping[str, Sampler]):
         processes: Mapping[str, Process] | None = None,
     ):
         self._vocabulary, self._processes = vocabulary, processes or {}
+        for name in self._processes:
+            vocabulary.layout(name)
         self._samplers = {name: default_sampler(self._processes.get(name)) for name in vocabulary.tokenizers}
         for name, sampler in given.items():
             self[name] = sampler
@@ -64,12 +66,20 @@ def default_sampler(process: Process | None) -> Sampler:
 
 
 def check_fit(name: str, sampler: Sampler, process: Process | None) -> None:
-    """Refuse a sampler that unmasks where the process has no masks.
+    """Refuse a sampler that unmasks where the process has no masks, and one that follows another process.
 
     Raises:
         ValueError: it names the tokenizer.
     """
-    if process is None or process.starts_masked or not isinstance(sampler, MaskSampler | SchedulerSampler):
+    process = process or Absorbing()
+    if isinstance(sampler, AncestralSampler):
+        if type(process) is type(sampler.process) is Absorbing or process == sampler.process:
+            return
+        raise ValueError(
+            f"The sampler of {name!r} follows {sampler.process}, but the model was trained with {process}. Give it the "
+            f"model's: AncestralSampler(pipe.processes[{name!r}])."
+        )
+    if process.starts_masked or not isinstance(sampler, MaskSampler | SchedulerSampler):
         return
     raise ValueError(
         f"The sampler of {name!r} decides masked codes, but its process {type(process).__name__} masks none. Choose "

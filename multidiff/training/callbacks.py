@@ -34,28 +34,17 @@ class AveragedWeights(WeightAveraging):
     Args:
         decay: in [0, 1).
         start_step: steps before averaging starts.
-        every_n_steps: how often the average moves once it has started, then by decayⁿ, which costs less and reaches as
-            far back.
 
     Raises:
         ValueError: a value outside of these, or a strategy that shards the weights, whose whole average does not fit.
     """
 
-    def __init__(self, decay: float = 0.999, start_step: int = 0, every_n_steps: int = 1):
-        if not 0 <= decay < 1 or start_step < 0 or every_n_steps < 1:
-            raise ValueError(
-                f"decay {decay} must be in [0, 1), start_step {start_step} at least 0, and every_n_steps "
-                f"{every_n_steps} at least 1"
-            )
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay**every_n_steps))
-        self.start_step, self.every_n_steps = start_step, every_n_steps
+    def __init__(self, decay: float = 0.999, start_step: int = 0):
+        if not 0 <= decay < 1 or start_step < 0:
+            raise ValueError(f"decay {decay} must be in [0, 1), and start_step {start_step} at least 0")
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.start_step = start_step
         self._swapped = False
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Every step until averaging starts, then every few."""
-        if step_idx is None:
-            return False
-        return step_idx < self.start_step or (step_idx - self.start_step) % self.every_n_steps == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):

@@ -126,11 +126,12 @@ class MaskedDiffusionModule(LightningModule):
     def training_step(self, batch: NoisedBatch, batch_index: int) -> Tensor:
         nats_M, trained_M = self(batch)
         total = (trained_M * batch.loss_weights_M).sum()
-        self.log("loss", (total / batch.loss_divisor.clamp_min(1)).detach(), prog_bar=True, batch_size=1)
+        tiny = torch.finfo(batch.loss_divisor.dtype).tiny
+        self.log("loss", (total / batch.loss_divisor.clamp_min(tiny)).detach(), prog_bar=True, batch_size=1)
         # DDP takes the mean of the ranks' gradients, so the mean of their divisors divides the sum of their losses.
         divisor = self.trainer.strategy.reduce(batch.loss_divisor.clone(), reduce_op="mean")  # pyright: ignore
         if self.trainer.accumulate_grad_batches == 1:
-            loss = total / divisor.clamp_min(torch.finfo().tiny)
+            loss = total / divisor.clamp_min(tiny)
         else:
             # The divisors of later batches are not known yet. `on_after_backward` scales the gradient once they are.
             self._divisors.append(divisor)
@@ -159,7 +160,8 @@ class MaskedDiffusionModule(LightningModule):
         of their losses."""
         if not self._divisors or self.trainer.fit_loop._should_accumulate():
             return
-        counted = torch.stack(self._divisors).sum().clamp_min(torch.finfo().tiny)
+        counted = torch.stack(self._divisors).sum()
+        counted = counted.clamp_min(torch.finfo(counted.dtype).tiny)
         scale = self._divisors[0].clamp_min(1) * self.trainer.accumulate_grad_batches / counted
         for weight in self.parameters():
             if weight.grad is not None:
@@ -239,6 +241,12 @@ class MaskedDiffusionModule(LightningModule):
             )
         saved = checkpoint[KEY]
         self.vocabulary.check(SharedVocabulary.from_dict(saved["vocabulary"], "the checkpoint"), "the checkpoint")
+        for name, process in self.recipe["processes"].items():
+            if saved["processes"].get(name) != process:
+                raise ValueError(
+                    f"The checkpoint was trained with other noise of {name!r}: {saved['processes'].get(name)}. The "
+                    f"configuration has {process}. Set model.init_args.objective alike."
+                )
         for key, value in self.recipe["transformer"].items():
             if saved["transformer"].get(key) != value:
                 raise ValueError(

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from multidiff.data import DocumentDataModule
 from multidiff.evaluation import BoundSums, EvaluationBatch, likelihood, modes
 from multidiff.models import MaskedDiffusionTransformer
-from multidiff.processes import Absorbing, Cosine, Hybrid, Uniform
+from multidiff.processes import Absorbing, Cosine, Geometric, Hybrid, LogLinear, Uniform
 from multidiff.sequence import MASK, Example, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.toys import Frames, Grid, generator
@@ -235,6 +236,7 @@ def by_enumeration(model, process, batch):
     _, _, (start, stop) = VOCABULARY.flat_spans[int(batch.span_P[places[0]])]
     size, x = stop - start, (batch.ids_P[places] - start).tolist()
     ids = [*range(start, stop), MASK]
+    process = replace(process, schedule=LogLinear(0.0))  # whose ends are all data and all noise
     # Midpoints, dense towards 0, where the hybrid process has a pole that cancels.
     edges = torch.linspace(0, 1, 81, dtype=torch.float64) ** 4
     total, tiny = 0.0, 1e-6
@@ -270,6 +272,21 @@ def noise(process, t, size):
     """What is not clean of q_t: u/V of each id, and m."""
     shares = process.shares(t)
     return torch.tensor([*[float(shares.uniform) / size] * size, float(shares.mask)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", [Absorbing, Uniform, Hybrid])
+def test_what_a_schedule_leaves_at_its_ends_is_no_part_of_the_bound(make):
+    """Otherwise noise that a schedule never reaches, or never leaves, would make the bound too low."""
+    documents = EvaluationBatch.of(
+        [Example(document(("a", [2, 0])), -1, n, n) for n in range(9)], sequencer=SEQUENCER, seed=0
+    )
+    nats = [
+        likelihood(
+            transformer(), VOCABULARY, documents, "joint", 2, dict.fromkeys(TOKENIZERS, make(schedule)), "times"
+        )[0]
+        for schedule in (LogLinear(0.0), LogLinear(0.09), Geometric(0.1, 20.0), Cosine())
+    ]
+    assert all(torch.equal(one, nats[0]) for one in nats)
 
 
 def test_both_estimators_agree_on_absorbing_noise():

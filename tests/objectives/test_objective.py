@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multidiff.objectives import Objective
-from multidiff.processes import Absorbing, Cosine, Hybrid, Polynomial
+from multidiff.processes import Absorbing, Cosine, Hybrid, LogLinear, Polynomial
 from multidiff.sequence import SharedVocabulary
 from tests.helpers.toys import Frames, Grid
 
@@ -55,6 +55,18 @@ def test_label_smoothing_is_of_cross_entropies():
     Objective(label_smoothing=0.1).check(vocabulary)
     with pytest.raises(ValueError, match=r"label_smoothing 0.1 goes with absorbing noise, .* but 'v' has Hybrid"):
         Objective(label_smoothing=0.1, processes={"v": Hybrid()}).check(vocabulary)
+
+
+def test_complementary_masks_need_masks_and_times_that_are_complements():
+    vocabulary = SharedVocabulary.of({"a": Grid(2, 1, 8)})
+    Objective(complementary=True).check(vocabulary)
+    Objective(complementary=True, times=(0.2, 0.8), process=Absorbing(LogLinear(0.0))).check(vocabulary)
+    with pytest.raises(ValueError, match=r"complementary goes with absorbing noise, .* but 'a' has Hybrid"):
+        Objective(complementary=True, process=Hybrid()).check(vocabulary)
+    with pytest.raises(
+        ValueError, match=r"noise at both ends adds up to 1, but that of 'a' at \[0.3, 0.8\] adds up to"
+    ):
+        Objective(complementary=True, times=(0.3, 0.8)).check(vocabulary)
 
 
 def test_bad_settings():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from multidiff import AncestralSampler, Blank, Given, MaskSampler
-from multidiff.processes import Absorbing, Cosine, Hybrid, LogLinear, Uniform
+from multidiff.processes import Absorbing, Cosine, Hybrid, Uniform
 from multidiff.seeding import generator_for
 from tests.helpers.pipelines import make
 from tests.helpers.sampling import drive, network
@@ -111,34 +111,39 @@ def test_tokens_may_change_until_the_end_where_noise_is_not_masks(process):
         assert (made_RN == 1).all()
 
 
-def test_temperature_zero_takes_the_most_probable_token():
-    logits_NV = torch.tensor([[0.0, 1.0, 0.5]] * 4, dtype=torch.float64)
-    for process in PROCESSES:
-        sampler = AncestralSampler(process, num_inference_steps=5, temperature=0.0)
-        made_RN, _ = drive(sampler, torch.full((1, 4), 3), None, lambda row_N: logits_NV, [generator()])
-        assert made_RN.tolist() == [[1] * 4]
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+def test_temperature_zero_takes_the_most_probable_token(process):
+    """Also where what is most probable changes from step to step, and tokens that are set cannot follow."""
+    logits_NV = torch.tensor([[0.0, 1.0, 0.5]] * 16, dtype=torch.float64)
+    sampler = AncestralSampler(process, num_inference_steps=5, temperature=0.0)
+    made_RN, state = drive(sampler, torch.full((1, 16), 3), None, lambda row_N: logits_NV, [generator()])
+    assert made_RN.tolist() == [[1] * 16]
+    assert torch.allclose(state.probs_RN, torch.softmax(logits_NV[0], 0)[1])  # before temperature
+    made_RN, state = drive(sampler, torch.full((1, 16), 3), None, network(16, 3, 1), [generator()])
+    assert int(made_RN.max()) < 3
+    assert state.probs_RN.isfinite().all()
 
 
-def test_what_a_frame_holds_is_all_eos_or_all_content():
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+def test_what_a_frame_holds_is_all_eos_or_all_content(process, temperature):
     """Two levels of other sizes, whose EOS have other ids."""
     tokenizers = {"note": Frames((3, 2)), "picture": Grid(5, 2, 2)}
-    processes = {"note": Uniform(LogLinear())}
-    pipe = make(tokenizers, processes=processes)
-    assert isinstance(pipe.samplers["note"], AncestralSampler)
-    assert isinstance(pipe.samplers["picture"], MaskSampler)
+    sampler = AncestralSampler(process, 6, temperature)
+    pipe = make(tokenizers, {"note": sampler}, processes={"note": process})
     output = pipe(
-        [[Given("picture", [0, 1, 2, 3]), Blank("note", frames=6)]] * 40,
-        num_inference_steps=4,
-        generator=[generator_for(row) for row in range(40)],
+        [[Given("picture", [row % 5, 1, 2, row % 3]), Blank("note", frames=6)] for row in range(60)],
+        generator=[generator_for(row) for row in range(60)],
         trace=True,
     )
-    lengths = {len(document[1].codes) for document in output.documents}
-    assert len(lengths) > 2
     for document in output.documents:
         codes = document[1].codes
         assert len(codes) % 2 == 0
         assert (codes.ids_N < torch.tensor([3, 2])[codes.levels_N]).all()
-    assert max(output.nfe) == 4
+        assert ((document[1].probs_N > 0) & (document[1].probs_N <= 1)).all()
+    assert max(output.nfe) == 6
+    if temperature == 1:
+        assert len({len(document[1].codes) for document in output.documents}) > 2
 
 
 def test_the_time_changes_what_a_model_with_time_input_says():
@@ -156,13 +161,20 @@ def test_samplers_that_unmask_do_not_fit_uniform_noise():
     ):
         make(tokenizers, {"picture": MaskSampler()}, processes={"picture": Uniform()})
     pipe = make(tokenizers, processes={"picture": Hybrid()})
-    pipe.samplers["picture"] = MaskSampler()
+    assert isinstance(pipe.samplers["picture"], MaskSampler)
     pipe.samplers["picture"] = AncestralSampler(Hybrid())
+    with pytest.raises(ValueError, match=r"sampler of 'picture' follows Uniform.* was trained with Hybrid"):
+        pipe.samplers["picture"] = AncestralSampler(Uniform())
+    with pytest.raises(ValueError, match="no tokenizer is called 'pictures'"):
+        make(tokenizers, processes={"pictures": Hybrid()})
+    absorbing = make(tokenizers)
+    absorbing.samplers["picture"] = AncestralSampler(Absorbing(Cosine()))  # any schedule samples from absorbing noise
 
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"num_inference_steps": 0}, "num_inference_steps 0 must be a whole number"),
     ({"temperature": -1}, "temperature -1 must be at least 0"),
+    ({"temperature": 1e-9}, "temperature 1e-09 must be 0, which is greedy, or at least"),
     ({"temperature": math.nan}, "temperature nan must be a number"),
     ({"guidance_schedule": "sometimes"}, "guidance_schedule 'sometimes' must be"),
     ({"canvas": {"frames": "many"}}, "canvas .* must be a table of whole numbers"),

@@ -302,7 +302,8 @@ def test_label_smoothing_trains_and_is_not_logged(tmp_path):
         module.trainer = stub_trainer()
         module.training_step(batch, 0)
     positions = batch.logit_positions(module.vocabulary)
-    logits = module.transformer(batch.ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3)
+    with torch.no_grad():
+        logits = module.transformer(batch.ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3)
     log_probs = [torch.log_softmax(logits_NV.double(), 1) for logits_NV in logits]
     targets = batch.targets_M.split(list(batch.sizes))
     nats_M = torch.cat([-log.gather(1, target[:, None])[:, 0] for log, target in zip(log_probs, targets, strict=True)])
