@@ -1,6 +1,8 @@
 """Evaluate a tokenizer on the items of a data folder: cost, speed, quality of reconstruction and use of its codebooks.
+Or evaluate a model on planning problems: how many it solves, by the order in which it decides its answers.
 
     python scripts/evaluate.py tokenizer --data runs/demo/data --name image --tokenizer '{"plugin": "vq"}'
+    python scripts/evaluate.py planning --data runs/sudoku4/data --model runs/sudoku4/masked/model
 
 Prints a table, and one line of JSON at the end. STOI and PESQ are included if pystoi and pesq are installed. LPIPS is
 included if torchvision's weights of AlexNet, VGG-16 or SqueezeNet 1.1 are in torch's hub folder. Nothing is downloaded.
@@ -195,10 +197,33 @@ def _sound(item: Audio, restored: Audio) -> dict[str, float]:
     }
 
 
+def planning(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure how many planning problems a model solves, print a table, and return the numbers by order and givens."""
+    from demo.planning.solving import measure
+    from multidiff import MultiDiffPipeline
+
+    if min(arguments.num_samples, arguments.batch) < 1:
+        raise ValueError("--num-samples and --batch must be at least 1")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = MultiDiffPipeline.from_pretrained(arguments.model, device=device)
+    rates = measure(pipeline, arguments.data, arguments.orders, arguments.num_samples, arguments.seed, arguments.batch)
+    print(f"{'givens':>8}{'problems':>10}" + "".join(f"{order:>18}" for order in rates))
+    for givens in next(iter(rates.values())):
+        row = [by_givens[givens] for by_givens in rates.values()]
+        print(f"{givens:>8}{row[0].problems:>10}" + "".join(f"{rate!s:>18}" for rate in row))
+    return {
+        order: {
+            givens: {"problems": rate.problems, "solved": rate.rate, "standard_error": rate.standard_error}
+            for givens, rate in by_givens.items()
+        }
+        for order, by_givens in rates.items()
+    }
+
+
 def main() -> None:
     """Run the evaluation that the command line names, and print its results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="tokenizer")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("tokenizer", help="Evaluate a tokenizer.")
     one.add_argument(
         "--tokenizer", type=json.loads, required=True, help='Configuration as JSON, e.g. {"plugin": "vq"}.'
@@ -211,6 +236,15 @@ def main() -> None:
     help_ = "Key of the segment that names an item's class. A classifier then measures how well the class is kept."
     one.add_argument("--judge", metavar="KEY", help=help_)
     one.set_defaults(run=tokenizer)
+    one = commands.add_parser("planning", help="Evaluate a model on planning problems.")
+    one.add_argument("--model", type=Path, required=True, help="Model folder or checkpoint.")
+    one.add_argument("--data", type=Path, required=True, help="Data folder that prepare_planning.py wrote.")
+    help_ = "Orders of decoding (default: confidence, margin, left_to_right, or row_scan on a grid, and random)."
+    one.add_argument("--orders", nargs="+", metavar="ORDER", help=help_)
+    one.add_argument("--num-samples", type=int, default=500, help="Maximum number of problems (default: 500).")
+    one.add_argument("--batch", type=int, default=100, help="Number of problems per batch (default: 100).")
+    one.add_argument("--seed", type=int, default=0, help="Random seed of the order random (default: 0).")
+    one.set_defaults(run=planning)
     arguments = parser.parse_args()
     try:
         print(json.dumps(arguments.run(arguments)))

@@ -11,6 +11,10 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
+from demo.planning import corpus
+from demo.planning.countdown import Countdown
+from demo.planning.path_star import PathStar
+from demo.planning.sudoku import Sudoku
 from multidiff.cli import configuration, main
 from multidiff_bpe import BPETokenizer
 from multidiff_vq import VQTokenizer
@@ -51,6 +55,14 @@ def series(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """Data folders of planning problems, by the name of a configuration up to its last hyphen."""
+    families = {"sudoku4": Sudoku(4), "sudoku9": Sudoku(9), "path-star": PathStar(), "countdown": Countdown()}
+    place = tmp_path_factory.mktemp("problems")
+    return {name: corpus.prepare(place / name, family, train=16, held_out=4) for name, family in families.items()}
+
+
 class CtrlC(Callback):
     """After the first step."""
 
@@ -72,13 +84,15 @@ def test_parses(path, capsys):
 
 @pytest.mark.filterwarnings("ignore:The tokenizer in .* has an untrained codebook")  # after a step or two
 @pytest.mark.parametrize("path", [*CONFIGS, TEMPLATE], ids=lambda path: path.stem)
-def test_is_interrupted_and_goes_on(path, data, series, tmp_path, monkeypatch, capsys):
+def test_is_interrupted_and_goes_on(path, data, series, problems, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     if path == TEMPLATE:
         monkeypatch.syspath_prepend(series)
         monkeypatch.syspath_prepend(TEMPLATE.parent)
         arguments += ["--data.init_args.folder", str(series)]
+    elif path.parent.name == "planning":
+        arguments += ["--data.init_args.folder", str(problems[path.stem.rpartition("-")[0]])]
     else:
         arguments += ["--data.init_args.folder", str(data)]
     if path.parent.name == "configs":
@@ -162,7 +176,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
         main(["fit", "--config", str(tmp_path / "pipe")])
     with pytest.raises(SystemExit, match="is a folder"):
         main(["fit", "--config", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"--config digit: There is no such file.* digits, emoji, tokenizers/"):
+    with pytest.raises(SystemExit, match=r"--config digit: There is no such file.* digits, emoji, planning/"):
         main(["fit", "--config", "digit"])
 
 

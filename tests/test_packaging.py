@@ -29,6 +29,7 @@ SHIPPED = {
             "multidiff_bpe",
             "multidiff_codec",
             "multidiff_encodec",
+            "multidiff_grid",
             "multidiff_sound",
             "multidiff_vq",
         )

@@ -85,7 +85,7 @@ def test_plugins_lists_the_first_party_without_importing_their_models():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
-    modalities = {"bpe": "text", "vq": "image", "codec": "audio", "encodec": "audio"}
+    modalities = {"bpe": "text", "vq": "image", "codec": "audio", "encodec": "audio", "grid": "grid"}
     assert all(lines[name][0] == modality and lines[name][-1] == "works" for name, modality in modalities.items())
 
 

@@ -42,7 +42,7 @@ def walks(install):
 
 def test_first_party_tokenizers_come_through_the_same_door():
     found = registry.installed()
-    assert {"bpe", "codec", "encodec", "vq"} <= set(found)
+    assert {"bpe", "codec", "encodec", "grid", "vq"} <= set(found)
     assert list(found) == sorted(found)
     assert found["bpe"].value == "multidiff_bpe:BPETokenizer"
     assert plugins.load("bpe").modality == "text"
