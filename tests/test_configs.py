@@ -56,11 +56,16 @@ def series(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def problems(tmp_path_factory):
-    """Data folders of planning problems, by the name of a configuration up to its last hyphen."""
+def written(tmp_path_factory):
+    """Data folders of planning problems and of plain text, by the name of a configuration up to its last hyphen."""
     families = {"sudoku4": Sudoku(4), "sudoku9": Sudoku(9), "path-star": PathStar(), "countdown": Countdown()}
     place = tmp_path_factory.mktemp("problems")
-    return {name: corpus.prepare(place / name, family, train=16, held_out=4) for name, family in families.items()}
+    folders = {name: corpus.prepare(place / name, family, train=16, held_out=4) for name, family in families.items()}
+    folders["shakespeare"] = place / "shakespeare"
+    folders["shakespeare"].mkdir()
+    texts = [{"split": split, "segments": [{"text": "number 1 2 3 4 " * 300}]} for split in ("train", "validation")]
+    (folders["shakespeare"] / "metadata.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    return folders
 
 
 class CtrlC(Callback):
@@ -84,15 +89,15 @@ def test_parses(path, capsys):
 
 @pytest.mark.filterwarnings("ignore:The tokenizer in .* has an untrained codebook")  # after a step or two
 @pytest.mark.parametrize("path", [*CONFIGS, TEMPLATE], ids=lambda path: path.stem)
-def test_is_interrupted_and_goes_on(path, data, series, problems, tmp_path, monkeypatch, capsys):
+def test_is_interrupted_and_goes_on(path, data, series, written, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     if path == TEMPLATE:
         monkeypatch.syspath_prepend(series)
         monkeypatch.syspath_prepend(TEMPLATE.parent)
         arguments += ["--data.init_args.folder", str(series)]
-    elif path.parent.name == "planning":
-        arguments += ["--data.init_args.folder", str(problems[path.stem.rpartition("-")[0]])]
+    elif path.stem.rpartition("-")[0] in written or path.stem in written:
+        arguments += ["--data.init_args.folder", str(written[path.stem.rpartition("-")[0] or path.stem])]
     else:
         arguments += ["--data.init_args.folder", str(data)]
     if path.parent.name == "configs":
