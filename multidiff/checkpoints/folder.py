@@ -123,7 +123,7 @@ def _load_folder(folder: Path) -> ModelParts:
     path = folder / "processes.json"
     processes = load_processes(files.read_json(path), vocabulary, str(path)) if os.path.lexists(path) else {}
     path = folder / "samplers.json"
-    samplers = load_samplers(files.read_json(path), vocabulary, processes, str(path))
+    samplers = load_samplers(files.read_json(path), vocabulary, processes, transformer.pattern, str(path))
     facts = folder / "documents.json"
     seen = SeenDocuments.from_dict(files.read_json(facts), str(facts)) if os.path.lexists(facts) else None
     sequencer = Sequencer(tokenizers, vocabulary)

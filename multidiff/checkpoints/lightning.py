@@ -58,7 +58,7 @@ def load_checkpoint(path: Path) -> ModelParts:
     )
     seen = None if documents is None else SeenDocuments.from_dict(documents, str(path))
     processes = load_processes(noise, vocabulary, str(path))
-    samplers = load_samplers(settings, vocabulary, processes, str(path))
+    samplers = load_samplers(settings, vocabulary, processes, transformer.pattern, str(path))
     return ModelParts(transformer, vocabulary, tokenizers, samplers, processes, seen)
 
 

@@ -19,6 +19,7 @@ from multidiff.samplers import (
     check_fit,
     default_sampler,
 )
+from multidiff.sequence.blocks import AttentionPattern
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.vocabulary import SharedVocabulary
 from multidiff.tokenizer import ModalityTokenizer
@@ -91,7 +92,11 @@ def load_processes(settings: Any, vocabulary: SharedVocabulary, where: str) -> d
 
 
 def load_samplers(
-    settings: Mapping[str, Any], vocabulary: SharedVocabulary, processes: Mapping[str, Process], where: str
+    settings: Mapping[str, Any],
+    vocabulary: SharedVocabulary,
+    processes: Mapping[str, Process],
+    pattern: AttentionPattern,
+    where: str,
 ) -> dict[str, Sampler]:
     """One sampler for each tokenizer of the vocabulary.
 
@@ -100,11 +105,12 @@ def load_samplers(
             without settings gets the default sampler of its process.
         vocabulary: bounds the codes and names that the settings may mention.
         processes: of each tokenizer; absorbing where not named.
+        pattern: of the model's attention.
         where: the file or configuration key that error messages name.
 
     Raises:
         ValueError: an unknown tokenizer or setting, a value that does not fit, or a sampler that does not fit the
-            process.
+            process or the attention.
     """
     samplers = {name: default_sampler(processes.get(name)) for name in vocabulary.tokenizers}
     for name, values in settings.items():
@@ -122,7 +128,7 @@ def load_samplers(
             scale = sampler.guidance_scale
             for condition in scale if isinstance(scale, Mapping) else ():
                 vocabulary.layout(condition)
-            check_fit(name, sampler, processes.get(name))
+            check_fit(name, sampler, processes.get(name), pattern)
         except ValueError as error:
             raise ValueError(f"{where}, {name}: {error}") from None
         samplers[name] = sampler

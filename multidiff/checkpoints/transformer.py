@@ -160,6 +160,11 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("coordinate_features", "time_input", "qk_norm", "attention_bias", "tie_embeddings"),
         ("true or false", lambda value: isinstance(value, bool)),
     ),
+    "attention": ("full, causal or block_causal", lambda value: isinstance(value, str)),
+    "block_length": (
+        "a whole number above 0, 'segment' or null",
+        lambda value: value is None or value == "segment" or _whole(value),
+    ),
     "rope_theta": ("a number from 1 to 1e30", lambda value: _number(value, 1, 1e30)),
     "norm_epsilon": ("a number from 0 to 1", lambda value: _number(value, 0, 1)),
     "dropout": ("a number from 0 to 1", lambda value: _number(value, 0, 1)),

@@ -10,6 +10,8 @@ is the mean over times t in [0, 1] that `multidiff.processes.Process` describes.
 document, and one t serves all its targets, so that the bound is that of all of them together. The draws of a document
 have a stratum of k or t each, and within it the documents are spread evenly.
 
+Of models whose attention has an order, see `multidiff.evaluation.ordered`.
+
 Shape suffixes: P tokens of the batch, S segments, D documents, M codes with a loss.
 """
 
@@ -25,6 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from multidiff.evaluation.ordered import ordered_nats
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.objectives.times import spread_uniform
 from multidiff.processes import Absorbing, Interpolating, LogLinear, Process
@@ -101,6 +104,16 @@ def likelihood(
     tokens_D.index_add_(0, batch.document_S, batch.divisor_S.where(counted_S, 0).double())
     nats_D = torch.zeros(batch.num_documents, dtype=torch.float64, device=device)
     if not bool(target_S.any()):
+        return nats_D, tokens_D.to(device)
+    if not model.pattern.is_full:
+        for draw in range(1 if model.pattern.is_autoregressive else draws):
+            stratum = (draw, draws)
+            index_M, nats_M = ordered_nats(
+                model, vocabulary, batch, target_S, absent_S, documents.numbers, (documents.seed, mode), stratum
+            )
+            segment_M = batch.segment_P[index_M]
+            nats_M = nats_M * counted_S[segment_M].to(device)
+            nats_D.index_add_(0, batch.document_S[segment_M].to(device), nats_M)
         return nats_D, tokens_D.to(device)
     target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
     spans = [span for _, _, span in vocabulary.flat_spans]

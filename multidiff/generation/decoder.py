@@ -21,6 +21,7 @@ from torch import Tensor
 from multidiff.generation.passes import Active, Passes
 from multidiff.generation.runs import Decision, SamplerRun, places
 from multidiff.models import MaskedDiffusionTransformer
+from multidiff.samplers.blocks import cache_for
 from multidiff.samplers.guidance import guide
 from multidiff.sequence import MASK, SharedVocabulary, TokenBatch
 
@@ -57,13 +58,16 @@ class Decoder:
         self.vocabulary, self.batch, self.runs, self.generators = vocabulary, batch, runs, generators
         self._device = transformer.device
         self._nulls = list(nulls)
-        self._passes = Passes(transformer, vocabulary, batch, nulls, runs[0].sampler.cache_mode, divergence)
+        cache_mode = cache_for(runs[0].sampler.cache_mode, transformer.pattern)
+        self._passes = Passes(transformer, vocabulary, batch, nulls, cache_mode, divergence)
         self.ids_P = torch.where(batch.known_P, batch.ids_P, MASK)
         for run in runs:
             self._write(run)
         self.nfe = [0] * batch.num_documents
         self.history: list[list[Decision]] | None = [[] for _ in self.nfe] if trace else None
-        self.steps = max(run.state.steps for run in runs)
+        self._stages = [[run for run in runs if run.stage == stage] for stage in range(runs[-1].stage + 1)]
+        self._stage, self._begun = 0, 0  # and the step at which it began
+        self.steps = sum(max(run.state.steps for run in stage) for stage in self._stages)
         document_P = batch.document_P
         first_D = torch.searchsorted(batch.document_S, torch.arange(batch.num_documents))
         self._segment_P, self._place_P = batch.segment_P - first_D[document_P], places(batch)  # in document and segment
@@ -73,7 +77,10 @@ class Decoder:
 
     def done(self, step: int) -> bool:
         """Whether this step would have nothing to do."""
-        return all(run.done(step) for run in self.runs)
+        return self._stage + 1 == len(self._stages) and self._stage_done(step)
+
+    def _stage_done(self, step: int) -> bool:
+        return all(run.done(step - self._begun) for run in self._stages[self._stage])
 
     @property
     def probs_P(self) -> Tensor:
@@ -90,12 +97,15 @@ class Decoder:
         return self._passes.divergence
 
     def step(self, step: int) -> None:
-        """One step of every run that has one left, in one forward pass for all of them and their nulls.
+        """One step of every run of the stage that has one left, in one forward pass for all of them and their nulls.
 
         Logits of the step before are read again where nothing has changed since.
         """
-        active = [(run, run.sampler.needs(run.state)) for run in self.runs if not run.done(step)]
-        scales = {run.name: self._scales(run, step) for run, _ in active}
+        if self._stage_done(step) and self._stage + 1 < len(self._stages):
+            self._stage, self._begun = self._stage + 1, step
+        of_stage, index = self._stages[self._stage], step - self._begun
+        active = [(run, run.sampler.needs(run.state)) for run in of_stage if not run.done(index)]
+        scales = {run.name: self._scales(run, index) for run, _ in active}
         needed = self._needed(active, scales)
         stale = self._stale(active, needed)
         if stale:
@@ -109,7 +119,7 @@ class Decoder:
                 run.where_RN = where_RN
         for run, where_RN in active:
             before_RN = run.sample_RN
-            self._decide(run, where_RN, step, scales[run.name])
+            self._decide(run, where_RN, index, scales[run.name])
             if self.history is not None:
                 self._record(step, run, before_RN, self.history)
 

@@ -4,6 +4,10 @@ A document is seen in several *views*: with its condition, and by each null of g
 documents are laid out one after another as one flat batch, and a pass computes the documents and views that it needs.
 With a cache each view of each document has its place in it, and a pass computes only some tokens of a document.
 
+Where attention has an order, nothing behind the block that is being decided is computed. With the exact cache, blocks
+before it are computed once more when they are decided, and not again. With causal attention every code is a block, and
+its logits are read at the token before it.
+
 Tables stay on the CPU; only what the transformer sees and its logits are on its device.
 
 Shape suffixes: P tokens of the batch, X = P times the views, A those that a pass computes, D documents, R documents
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from multidiff.generation.runs import SamplerRun
 from multidiff.models import KeyValueCache, MaskedDiffusionTransformer
-from multidiff.sequence import MASK, SharedVocabulary, TokenBatch
+from multidiff.sequence import MASK, Blocks, SharedVocabulary, TokenBatch
 
 Active = Sequence[tuple[SamplerRun, Tensor]]  # runs, and where_RN of each
 
@@ -31,7 +35,7 @@ class Passes:
         transformer, vocabulary: the denoiser and its layout.
         batch: the documents.
         nulls: null_P by condition, "" for all of them: the tokens that the null does not see.
-        cache_mode: "none", "approximate_prefix" or "approximate_dual".
+        cache_mode: "none", "exact", "approximate_prefix" or "approximate_dual".
         divergence: compare the logits of a cached pass with those of a whole one, at the cost of that.
     """
 
@@ -46,6 +50,7 @@ class Passes:
     ):
         self.transformer, self.vocabulary, self.batch = transformer, vocabulary, batch
         self._nulls, self._mode, self._compare = nulls, cache_mode, divergence
+        self._device, self._exact = transformer.device, torch.promote_types(transformer.dtype, torch.float32)
         views, tokens = 1 + len(nulls), len(batch.ids_P)
         starts = batch.document_starts
         self._starts = torch.cat(
@@ -55,6 +60,9 @@ class Passes:
         self._coords_X3 = self._sent(batch.coords_P3).repeat(views, 1)
         self._document_P = batch.document_P
         self._cache = None if cache_mode == "none" else KeyValueCache(views * tokens)
+        self._pattern, self._number_P = transformer.pattern, transformer.pattern.numbers(batch)
+        self._settled_X = torch.zeros(views * tokens, dtype=torch.bool)  # decided, and computed since
+        self._read_before = int(transformer.pattern.is_autoregressive)
         self._differences: list[Tensor] = []
         self.reads_noise = bool(transformer.config["time_input"])
 
@@ -85,11 +93,23 @@ class Passes:
         ids_X = torch.cat([ids_P, *(torch.where(null_P, MASK, ids_P) for null_P in self._nulls.values())])
         noise_X = self._noise(runs) if self.reads_noise else None
         whole_X = needed_UD[:, self._document_P].flatten()
+        decided_P = torch.zeros_like(self.batch.known_P)
+        if not self._pattern.is_full:
+            seen_P, decided_P = self._order(active)
+            whole_X &= seen_P.repeat(len(needed_UD))
         if self._cache is None:
             return self._read(ids_X, noise_X, whole_X, active, None)
-        part_P, begins_D = self._parts(runs, needed_UD[0])
-        computed_X = whole_X & part_P.repeat(len(needed_UD))
+        if self._mode == "exact":
+            begins_D = torch.zeros(self.batch.num_documents, dtype=torch.bool)
+            computed_X = whole_X & ~self._settled_X
+            for run, where_RN in active:
+                computed_X.view(len(needed_UD), -1)[:, run.place_RN[where_RN] - self._read_before] = True
+            computed_X &= whole_X
+        else:
+            part_P, begins_D = self._parts(runs, needed_UD[0])
+            computed_X = whole_X & part_P.repeat(len(needed_UD))
         logits = self._read(ids_X, noise_X, computed_X, active, self._cache)
+        self._settled_X |= computed_X & decided_P.repeat(len(needed_UD))
         if self._compare and bool((needed_UD[0] & ~begins_D).any()):
             uncached = self._read(ids_X, noise_X, whole_X, active, None)
             for run, where_RN in active:
@@ -106,6 +126,16 @@ class Passes:
             there_RN = run.sample_RN >= 0
             noise_P[run.place_RN[there_RN]] = run.state.noise_R[:, None].expand_as(there_RN)[there_RN].float()
         return torch.cat([noise_P, *(noise_P.masked_fill(null_P, 1.0) for null_P in self._nulls.values())])
+
+    def _order(self, active: Active) -> tuple[Tensor, Tensor]:
+        """The tokens of each document that the logits depend on, seen_P, and those in blocks before the one that is
+        being decided, decided_P."""
+        asked_D = torch.full((self.batch.num_documents,), -1)
+        for run, where_RN in active:
+            place_M = run.place_RN[where_RN]
+            asked_D.scatter_reduce_(0, self._document_P[place_M], self._number_P[place_M], "amax")
+        asked_P = asked_D[self._document_P]
+        return self._number_P <= asked_P - self._read_before, self._number_P < asked_P
 
     def _parts(self, runs: Sequence[SamplerRun], needed_D: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens to compute, part_P, and the documents that begin a block, which are computed whole."""
@@ -129,7 +159,6 @@ class Passes:
         active: Active,
         cache: KeyValueCache | None,
     ) -> dict[str, list[Tensor]]:
-        exact = torch.promote_types(self.transformer.dtype, torch.float32)
         views, tokens = 1 + len(self._nulls), len(self.batch.ids_P)
         index_A = torch.nonzero(computed_X).flatten()
         # Where each token is in what the transformer is given: all of X with a cache, else what is computed.
@@ -144,7 +173,7 @@ class Passes:
                 if run.name != name:
                     continue
                 entry_N = torch.nonzero(run.state.levels_RN[where_RN] == level).flatten()
-                at_N = run.place_RN[where_RN][entry_N]
+                at_N = run.place_RN[where_RN][entry_N] - self._read_before
                 for view in range(views):
                     reached_N = computed_X[view * tokens + at_N]
                     parts.append(place_X[view * tokens + at_N[reached_N]])
@@ -153,6 +182,10 @@ class Passes:
             readers.append(readers_of_span)
         everything = cache is not None or len(index_A) == len(ids_X)
         index = None if everything else self._sent(index_A)
+        blocks = None
+        if not self._pattern.is_full:
+            number_X = self._number_P.repeat(views)
+            blocks = Blocks.clean(number_X if everything else number_X[index_A])
         logits = self.transformer(
             self._sent(ids_X if everything else ids_X[index_A]),
             self._positions_X3 if index is None else self._positions_X3[index],
@@ -162,12 +195,13 @@ class Passes:
             noise_P=None if noise_X is None else self._sent(noise_X if everything else noise_X[index_A]),
             cache=cache,
             active_A=None if cache is None else index_A,
+            blocks=blocks,
         )
         result = {}
         compared = views > 1 or self._compare  # else a constant says nothing
         for run, where_RN in active:
             shape = (int(where_RN.sum()), run.state.mask_token_id)
-            values = [torch.full(shape, -torch.inf, dtype=exact, device=self._device) for _ in range(views)]
+            values = [torch.full(shape, -torch.inf, dtype=self._exact, device=self._device) for _ in range(views)]
             filled = [torch.zeros(shape[0], dtype=torch.bool) for _ in range(views)]
             for (name, _, (start, stop)), readers_of_span, logits_NV in zip(
                 self.vocabulary.flat_spans, readers, logits, strict=True
@@ -175,7 +209,7 @@ class Passes:
                 if name == run.name:
                     parts = logits_NV.split([len(entry_N) for _, entry_N in readers_of_span])
                     for (view, entry_N), part_NV in zip(readers_of_span, parts, strict=True):
-                        part_NV = part_NV.to(exact)
+                        part_NV = part_NV.to(self._exact)
                         if compared:
                             part_NV = torch.log_softmax(part_NV, -1)
                         values[view][self._sent(entry_N), : stop - start] = part_NV
@@ -187,10 +221,6 @@ class Passes:
                     values[view][rest] = values[0][rest]
             result[run.name] = values
         return result
-
-    @property
-    def _device(self) -> torch.device:
-        return self.transformer.device
 
     def _sent(self, table: Tensor) -> Tensor:
         """A table on the transformer's device, without waiting for what is still computed there."""

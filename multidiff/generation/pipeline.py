@@ -106,7 +106,7 @@ class MultiDiffPipeline(DiffusionPipeline):
         self.vocabulary = vocabulary
         self.tokenizers = dict(tokenizers)
         self.processes = dict(processes or {})
-        self._samplers = Samplers(vocabulary, samplers or {}, self.processes)
+        self._samplers = Samplers(vocabulary, samplers or {}, self.processes, transformer.pattern)
         self.seen = seen
         self.source: Path | None = None  # the folder or file that it was read from
         self._card_folder: Path | None = None  # where somebody may have edited its card
@@ -143,7 +143,7 @@ class MultiDiffPipeline(DiffusionPipeline):
 
     @samplers.setter
     def samplers(self, samplers: Mapping[str, Sampler | Scheduler]) -> None:
-        self._samplers = Samplers(self.vocabulary, samplers, self.processes)
+        self._samplers = Samplers(self.vocabulary, samplers, self.processes, self.transformer.pattern)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -208,7 +208,16 @@ class MultiDiffPipeline(DiffusionPipeline):
         inside = [len(part.codes) if isinstance(part, Masked) else 0 for document in documents for part in document]
         units = [self.sequencer.unit(segment) for document in segments for segment in document]
         facts = SegmentFacts(torch.tensor(inside), torch.tensor(units))
-        runs = make_runs(batch, facts, self.vocabulary, self.samplers, generators, num_inference_steps, guidance_scale)
+        runs = make_runs(
+            batch,
+            facts,
+            self.vocabulary,
+            self.samplers,
+            generators,
+            num_inference_steps,
+            guidance_scale,
+            self.transformer.pattern,
+        )
         required = guidance_scale is not None
         nulls = {
             key: self._null(key, batch, segments, required, null_masks_partly_known)
@@ -242,9 +251,16 @@ class MultiDiffPipeline(DiffusionPipeline):
             return
         said: dict[str, None] = {}
         for document in documents:
-            said |= dict.fromkeys(self.seen.remarks([(part.tokenizer, part.size) for part in document]))
+            said |= dict.fromkeys(self.seen.remarks([(part.tokenizer, self._size_seen(part)) for part in document]))
         for remark in said:
             warnings.warn(remark, UserWarning, stacklevel=4)
+
+    def _size_seen(self, part: Segment) -> Mapping[str, int]:
+        """The size of a segment as far as the model notices it. Where attention has an order, it does not see the room
+        behind what it writes."""
+        varies = self.vocabulary.tokenizers[part.tokenizer].variable_length
+        unseen = varies and not self.transformer.pattern.is_full and not bool(part.known_N.all())
+        return {} if unseen else part.size
 
     def _null(
         self, key: str, batch: TokenBatch, documents: Sequence[Sequence[Segment]], required: bool, masks_partly: bool

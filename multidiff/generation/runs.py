@@ -1,5 +1,8 @@
 """Sampler runs: one tokenizer's unknown positions in compact tables, for its sampler.
 
+Where the model's attention has an order, a segment waits until those before it in its document are filled in. Runs then
+have stages: the first unknown segment of each document, the second, and so on, each with runs of its own.
+
 All tables are on the CPU.
 
 Shape suffixes: P tokens of the batch, S segments, R documents that have unknown codes of a tokenizer, N such codes of a
@@ -8,6 +11,7 @@ document, U all of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +20,8 @@ import torch
 from torch import Tensor
 
 from multidiff.samplers import Sampler, SamplerState
-from multidiff.sequence import SharedVocabulary, TokenBatch
+from multidiff.samplers.blocks import cache_for
+from multidiff.sequence import AttentionPattern, SharedVocabulary, TokenBatch
 
 
 class Decision(NamedTuple):
@@ -62,6 +67,8 @@ class SamplerRun:
         inside_RN: where an EOS cannot be drawn: before the end of codes whose end is known. Elsewhere the sampler keeps
             the codes of a frame together.
         sample_RN, state: as the sampler has them.
+        stage: runs of a stage start when those of the one before it are done.
+        is_ordered: whether the model's attention has an order, so that nothing follows once all is decided.
         fresh_R: whether the row has changed since its last forward pass.
         where_RN: the positions whose logits the last forward pass gave.
         block_R: the block that the row was in at its last whole forward pass; -1 before.
@@ -75,6 +82,8 @@ class SamplerRun:
     inside_RN: Tensor
     sample_RN: Tensor
     state: SamplerState
+    stage: int = 0
+    is_ordered: bool = False
     fresh_R: Tensor = field(init=False)
     where_RN: Tensor = field(init=False)
     block_R: Tensor = field(init=False)
@@ -85,8 +94,10 @@ class SamplerRun:
         self.block_R = torch.full_like(self.place_RN[:, 0], -1)
 
     def done(self, step: int) -> bool:
-        """Whether this step would have nothing to do; only adaptive samplers end before their last step."""
-        return step >= self.state.steps or (self.sampler.is_adaptive and not bool(self.state.undecided_RN.any()))
+        """Whether step `step` of the run would have nothing to do. Runs of adaptive samplers may end before their last
+        step, and those that an EOS ends."""
+        may_end = self.sampler.is_adaptive or self.is_ordered
+        return step >= self.state.steps or (may_end and not bool(self.state.undecided_RN.any()))
 
 
 def make_runs(
@@ -97,8 +108,9 @@ def make_runs(
     generators: Sequence[torch.Generator],
     steps: int | None = None,
     scale: float | Mapping[str, float] | None = None,
+    pattern: AttentionPattern = AttentionPattern(),  # noqa: B008 (frozen)
 ) -> list[SamplerRun]:
-    """The runs of a batch.
+    """The runs of a batch, in the order of their stages.
 
     Args:
         batch: the documents.
@@ -106,6 +118,7 @@ def make_runs(
         vocabulary, samplers: of the tokenizers.
         generators: one per document.
         steps, scale: for all of them; None takes each sampler's own.
+        pattern: of the model's attention.
 
     Raises:
         ValueError: more steps than codes, steps for samplers that find their own, samplers that cannot run together.
@@ -117,8 +130,10 @@ def make_runs(
     extent_S3 = extent_S3.scatter_reduce(0, index_P3, batch.coords_P3 + 1, "amax")
     tokenizer_P = batch.spread(batch.tokenizer_S, -1)
     document_P = batch.document_P
-    for tokenizer, (name, spans) in enumerate(vocabulary.spans.items()):
-        flat_U = torch.nonzero(~batch.known_P & (tokenizer_P == tokenizer)).flatten()
+    number_P, stage_P = pattern.numbers(batch), batch.spread(_stages(batch, pattern), 0)
+    kinds = list(enumerate(vocabulary.spans.items()))
+    for stage, (tokenizer, (name, spans)) in itertools.product(range(int(stage_P.max()) + 1), kinds):
+        flat_U = torch.nonzero(~batch.known_P & (tokenizer_P == tokenizer) & (stage_P == stage)).flatten()
         if not len(flat_U):
             continue
         sampler, varies = samplers[name], vocabulary.tokenizers[name].variable_length
@@ -148,12 +163,14 @@ def make_runs(
             extent_RN3=extent_S3[batch.segment_P[place_RN].clamp_min(0)],
             frame_RN=frame_RN,
             sizes_RN=torch.tensor([stop - start for start, stop in spans])[levels_RN],
+            **({} if pattern.is_full else {"block_RN": number_P[place_RN].masked_fill(sample_RN < 0, -1)}),
             generator=[generators[document] for document in rows.tolist()],
         )
         strength = sampler.guidance_scale if scale is None else scale
         scales = strength if isinstance(strength, Mapping) else {"": strength}
-        runs.append(SamplerRun(name, sampler, scales, rows.tolist(), place_RN, inside_RN, state.start_RN, state))
-    _check_together(runs, steps)
+        tables = (place_RN, inside_RN, state.start_RN, state)
+        runs.append(SamplerRun(name, sampler, scales, rows.tolist(), *tables, stage, not pattern.is_full))
+    _check_together(runs, steps, pattern)
     return runs
 
 
@@ -162,8 +179,17 @@ def places(batch: TokenBatch) -> Tensor:
     return torch.arange(len(batch.segment_P)) - batch.spread(batch.start_S, 0)
 
 
-def _check_together(runs: Sequence[SamplerRun], steps: int | None) -> None:
-    caches = {run.name: run.sampler.cache_mode for run in runs}
+def _stages(batch: TokenBatch, pattern: AttentionPattern) -> Tensor:
+    """stage_S: how many segments with anything unknown stand before each in its document; 0 under full attention."""
+    unknown_S = torch.zeros_like(batch.document_S)
+    unknown_S[batch.segment_P[~batch.known_P]] = 0 if pattern.is_full else 1
+    before_S = unknown_S.cumsum(0) - unknown_S
+    first_D = torch.searchsorted(batch.document_S, torch.arange(batch.num_documents))
+    return before_S - before_S[first_D][batch.document_S]
+
+
+def _check_together(runs: Sequence[SamplerRun], steps: int | None, pattern: AttentionPattern) -> None:
+    caches = {run.name: cache_for(run.sampler.cache_mode, pattern) for run in runs}
     if len(set(caches.values())) > 1:
         said = ", ".join(f"{name}: {cache}" for name, cache in caches.items())
         raise ValueError(f"cache must be the same for all tokenizers that are filled in together ({said})")

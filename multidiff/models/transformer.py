@@ -1,7 +1,7 @@
-"""The denoiser, whole: a bidirectional transformer over flat batches of interleaved documents.
+"""The denoiser, whole: a transformer over flat batches of interleaved documents.
 
 Like Llama: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention. Unlike it:
-- attention is bidirectional and stays within a document (`multidiff.models.attention`);
+- attention stays within a document; it is bidirectional, or causal, or goes by blocks (`multidiff.sequence.blocks`);
 - a token has a position on three axes; frequency j of head_dim / 2 turns with axis j mod 3, so three equal
   coordinates give Llama's rotary exactly;
 - a code's coordinates within its segment are added to its embedding as Fourier features, which make every place of a
@@ -31,11 +31,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from multidiff.models.attention import AttentionPlan, attend, plan_attention
+from multidiff.models.attention import AttentionPlan, Sight, attend, plan_attention
 from multidiff.models.cache import KeyValueCache
 from multidiff.models.norm import RMSNorm
 from multidiff.models.rotary import apply_rotary_emb, fourier_features, rotary, rotary_frequencies, wave_turns
 from multidiff.models.sizes import prepares_shapes, shared_size
+from multidiff.sequence.blocks import AttentionPattern, Blocks
 from multidiff.sequence.vocabulary import Span
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,7 +49,7 @@ _ROWS = 256  # of a chunk at least, or the gradients of the head's weight would 
 
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
-    """Logits of masked tokens given everything else in their document.
+    """Logits of masked tokens given what they attend to in their document; with causal attention, of the next code.
 
     Args:
         vocabulary_rows: rows of the embedding, `SharedVocabulary.rows`.
@@ -65,6 +66,14 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         attention_bias: biases of the query, key and value projections.
         tie_embeddings: the head reads the embedding's weight.
         dropout: after attention and SwiGLU, in training.
+        attention: "full", "causal" (autoregressive) or "block_causal"; see `multidiff.sequence.AttentionPattern`.
+        block_length: codes in a block of "block_causal"; "segment" makes a block of each segment.
+
+    Attributes:
+        pattern: the attention pattern.
+
+    Raises:
+        ValueError: sizes or an attention pattern that do not fit.
     """
 
     _supports_gradient_checkpointing = True
@@ -87,8 +96,13 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         attention_bias: bool = False,
         tie_embeddings: bool = True,
         dropout: float = 0.0,
+        attention: str = "full",
+        block_length: int | str | None = None,
     ):
         super().__init__()
+        self.pattern = AttentionPattern(attention, block_length)  # pyright: ignore[reportArgumentType]
+        if time_input and not self.pattern.is_full:
+            raise ValueError(f"time_input goes with attention 'full', not {attention!r}.")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
@@ -147,6 +161,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         noise_P: Tensor | None = None,
         cache: KeyValueCache | None = None,
         active_A: Tensor | None = None,
+        blocks: Blocks | None = None,
     ) -> list[Tensor]:
         """Logits where they are asked for, or a loss of targets there.
 
@@ -168,15 +183,20 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
                 others.
             active_A: int64, ascending, on the CPU: the tokens that are recomputed; all others keep their cached keys
                 and values. Logits are asked for at some of these.
+            blocks: of all tokens, where attention is "block_causal"; the other patterns need none.
 
         Returns:
             One [N, stop - start] tensor of logits, or one [N] of losses in nats, for each of `logit_positions`.
+
+        Raises:
+            ValueError: spans that overlap, or no blocks where attention is "block_causal".
         """
         device, compute = ids_P.device, self._compute_dtype(ids_P.device)
         starts = document_starts.tolist()
         lengths = [b - a for a, b in pairwise(starts)]
         position_Q, order = torch.cat([index_N for index_N, _ in logit_positions]).sort()
         computed, inside_Q = lengths, position_Q
+        sight = self._sight(starts[-1], blocks, active_A)
         active = None
         if active_A is not None:
             computed = _number_in_documents(active_A, document_starts)
@@ -194,14 +214,17 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
                 coords_P3 = None if coords_P3 is None else F.pad(coords_P3, (0, 0, 0, extra))
                 noise_P = None if noise_P is None else F.pad(noise_P, (0, extra))
         keys, queries, last = starts[-1] + extra, len(ids_P), len(position_Q) + extra_Q
-        plan_of_all = None
+        # FlexAttention takes no smaller heads. With a cache, queries are too few for its tiles.
+        plan_of_all, flex = None, device.type == "cuda" and cache is None and self.head_size >= 16
         if len(self.layers) > 1:
-            plan_of_all = plan_attention(lengths, computed, device, compute, (keys, queries))
+            plan_of_all = plan_attention(lengths, computed, device, compute, (keys, queries), sight, flex)
         in_last = _number_in_documents(position_Q, document_starts)
-        last_plan = plan_attention(lengths, in_last, device, compute, (keys, last))
+        if sight is not None:
+            sight = sight._replace(place_Q=position_Q)
+        last_plan = plan_attention(lengths, in_last, device, compute, (keys, last), sight, flex)
         row_Q = F.pad(inside_Q, (0, extra_Q)).to(device, non_blocking=True)
 
-        rope = rotary(positions_P3, self._frequencies_F, self.dtype == torch.float64)
+        rope = rotary(positions_P3, self._frequencies_F, self.norm.weight.dtype == torch.float64)
         hidden_AD = self.embed(ids_P)
         if self.config["coordinate_features"] and coords_P3 is not None:
             hidden_AD = hidden_AD + INITIAL_STD * fourier_features(coords_P3, hidden_AD, self._turns_F3)
@@ -233,11 +256,23 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         for layer in self.layers:
             layer.compile(dynamic=dynamic, **options)
 
+    def _sight(self, tokens: int, blocks: Blocks | None, active_A: Tensor | None) -> Sight | None:
+        """What the tokens that are computed see; None where that is their whole document."""
+        if self.pattern.is_full:
+            return None
+        everywhere = torch.arange(tokens)
+        if self.pattern.is_autoregressive:
+            blocks = Blocks.clean(everywhere)
+        elif blocks is None:
+            raise ValueError("attention 'block_causal' needs the blocks of the tokens, of AttentionPattern.numbers.")
+        place_Q = everywhere if active_A is None else active_A
+        return Sight(blocks, place_Q, self.pattern.is_autoregressive)
+
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """What matrices are multiplied in."""
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
-        return self.dtype
+        return self.norm.weight.dtype
 
     def _read(
         self,

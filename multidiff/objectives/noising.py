@@ -1,5 +1,9 @@
 """Training examples: documents with roles, noised, laid out, and with the places and weights of the loss.
 
+A model with causal attention gets clean tokens, and its loss is at the token before each target. One whose attention
+goes by blocks gets the clean and the noisy copy of each document, and its loss is in the noisy one
+(`multidiff.sequence.blocks`). Each block has a time of its own, as a segment has otherwise.
+
 All of it happens on the CPU, where data are loaded. A training step on an accelerator gets tensors that are ready and
 waits for nothing.
 
@@ -20,10 +24,11 @@ from torch import Tensor
 
 from multidiff.objectives.objective import Objective
 from multidiff.objectives.tasks import Task, choose_task, fitting_tasks
-from multidiff.objectives.times import draw_time
+from multidiff.objectives.times import draw_time, times_of_blocks
 from multidiff.seeding import key_for, uniforms
-from multidiff.sequence import Example, Segment, Sequencer, TokenBatch
-from multidiff.sequence.vocabulary import MASK, SharedVocabulary, Span
+from multidiff.sequence import MASK, AttentionPattern, Blocks, Example, Segment, Sequencer, TokenBatch
+from multidiff.sequence.blocks import side_by_side
+from multidiff.sequence.vocabulary import SharedVocabulary, Span
 
 
 class NoisedBatch:
@@ -31,7 +36,8 @@ class NoisedBatch:
     model, and the weights of the loss are not to be rounded to it.
 
     Attributes:
-        ids_P, positions_P3, coords_P3: as in `TokenBatch`, with noised ids.
+        ids_P, positions_P3, coords_P3: as in `TokenBatch`, with noised ids; of both copies of a document where
+            attention goes by blocks.
         noise_P: float32, how much noise there is at each token: 0 where it is clean, 1 where it is absent.
         document_starts: as in `TokenBatch`; stays on the CPU.
         index_M: int64, positions of the loss in P; stays on the CPU.
@@ -45,6 +51,7 @@ class NoisedBatch:
         tokens: what each tokenizer's nats are divided by.
         loss_divisor: float32, what the loss is divided by.
         num_documents: documents of the batch; complementary twins count once.
+        blocks: of the tokens, where attention goes by blocks; stays on the CPU. None elsewhere.
     """
 
     _SENT = (
@@ -70,7 +77,9 @@ class NoisedBatch:
         tokens: Sequence[int],
         loss_divisor: Tensor,
         num_documents: int,
+        blocks: Blocks | None = None,
     ):
+        self.blocks = blocks
         self.ids_P, self.positions_P3, self.coords_P3, self.noise_P = ids_P, positions_P3, coords_P3, noise_P
         self.document_starts, self.num_documents = document_starts, num_documents
         self.index_M, self.sizes = index_M, tuple(sizes)
@@ -125,12 +134,14 @@ class Noising:
         tasks: the task mixture.
         objective: the forward process and the weights of the loss.
         seed: of the training.
+        pattern: of the model's attention.
     """
 
     sequencer: Sequencer
     tasks: Sequence[Task]
     objective: Objective
     seed: int
+    pattern: AttentionPattern = AttentionPattern()  # noqa: RUF009 (frozen)
     _fitting: dict[tuple[str, ...], list[Task]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, examples: Sequence[Example]) -> NoisedBatch:
@@ -147,6 +158,13 @@ class Noising:
         target_S = torch.tensor([role == "target" for one in drawn for role in one.roles])
         absent_S = torch.tensor([role == "absent" for one in drawn for role in one.roles])
         t_S = torch.tensor([t for one in drawn for t in one.times], dtype=torch.float64)
+        number_P = None
+        if self.pattern.attention == "block_causal":
+            number_P, (batch, source_S) = self.pattern.numbers(batch), self.pattern.split(batch)
+            target_S, absent_S, t_S = target_S[source_S], absent_S[source_S], t_S[source_S]
+            alone_D = torch.tensor([one.independent for one in drawn])
+            spread_S = times_of_blocks(t_S, source_S, self.objective.times)
+            t_S = torch.where(alone_D[batch.document_S] & target_S, spread_S, t_S)
         keys, lengths, blocks = [one.key for one in drawn], [one.length for one in drawn], itertools.count(1)
         twin_S = torch.tensor([one.twin for one in drawn])[batch.document_S]
         twin_P = torch.tensor([one.twin for one in drawn])[batch.document_P] if self.objective.complementary else None
@@ -156,9 +174,11 @@ class Noising:
             return numbers_P if twin_P is None else torch.where(twin_P, 1 - numbers_P, numbers_P)
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
-        ids_P = torch.where(absent_P, MASK, batch.ids_P)
-        predicted_P, noise_P = torch.zeros_like(target_P), absent_P.double()
-        weight_P = torch.zeros_like(noise_P)
+        ids_P, noise_P = torch.where(absent_P, MASK, batch.ids_P), absent_P.double()
+        if self.pattern.is_autoregressive:
+            once_P = target_P.double()
+            return self._assemble(batch, ids_P, target_P, once_P, noise_P, 0 * noise_P, target_P, target_S, None)
+        predicted_P, weight_P = torch.zeros_like(target_P), torch.zeros_like(noise_P)
         vocabulary = self.sequencer.vocabulary
         names = list(vocabulary.tokenizers)
         for process in dict.fromkeys(map(self.objective.process_of, names)):
@@ -172,7 +192,7 @@ class Noising:
             made = process.corrupt(ids_P, batch.span_P, vocabulary.span_edges, own_P, uniform)
             ids_P, predicted_P, weight_P = made.ids_P, predicted_P | made.predicted_P, weight_P + made.weight_P
         t_P = batch.spread(t_S, 0.0)
-        return self._assemble(batch, ids_P, predicted_P, weight_P, noise_P, t_P, target_P, target_S)
+        return self._assemble(batch, ids_P, predicted_P, weight_P, noise_P, t_P, target_P, target_S, number_P)
 
     def _draw(self, examples: Sequence[Example]) -> Iterator[_Drawn]:
         """The roles and times of each document."""
@@ -199,7 +219,8 @@ class Noising:
                 segments.append(segment)
                 roles.append(role)
                 times.append(t)
-            yield _Drawn(segments, roles, times, key, 1 + sum(len(segment) + 2 for segment in segments))
+            length = 1 + sum(len(segment) + 2 for segment in segments)
+            yield _Drawn(segments, roles, times, key, length, task.noise == "independent")
 
     def _assemble(
         self,
@@ -211,6 +232,7 @@ class Noising:
         t_P: Tensor,
         target_P: Tensor,
         target_S: Tensor,
+        number_P: Tensor | None,
     ) -> NoisedBatch:
         vocabulary, objective = self.sequencer.vocabulary, self.objective
         index_M, sizes = batch.by_span(predicted_P, len(vocabulary.flat_spans))
@@ -235,16 +257,27 @@ class Noising:
         tokens_T.index_add_(0, batch.tokenizer_S[target_S], batch.divisor_S[target_S])
         edges_M2 = vocabulary.span_edges[batch.span_P[index_M]]
         noised_M = ids_P[index_M]
+        noised_M = torch.where(noised_M == MASK, edges_M2[:, 1], noised_M) - edges_M2[:, 0]
+        read_M, starts, blocks = index_M, batch.document_starts, None
+        positions_P3, coords_P3 = batch.positions_P3, batch.coords_P3
+        if self.pattern.is_autoregressive:
+            read_M = index_M - 1  # every code has a token before it, at least that which begins its segment
+        elif number_P is not None:
+            copies = side_by_side(batch, number_P, predicted_P)
+            ids_P = copies.ids(torch.where(target_P, batch.ids_P, ids_P), ids_P)
+            positions_P3, coords_P3 = positions_P3[copies.index_X], coords_P3[copies.index_X]
+            noise_P = noise_P[copies.index_X]
+            read_M, starts, blocks = copies.noisy_P[index_M], copies.starts, copies.blocks
         return NoisedBatch(
             ids_P=ids_P,
-            positions_P3=batch.positions_P3,
-            coords_P3=batch.coords_P3,
+            positions_P3=positions_P3,
+            coords_P3=coords_P3,
             noise_P=noise_P.float(),
-            document_starts=batch.document_starts,
-            index_M=index_M,
+            document_starts=starts,
+            index_M=read_M,
             sizes=sizes,
             targets_M=batch.ids_P[index_M] - edges_M2[:, 0],
-            noised_M=torch.where(noised_M == MASK, edges_M2[:, 1], noised_M) - edges_M2[:, 0],
+            noised_M=noised_M,
             t_M=t_P[index_M].float(),
             loss_weights_M=loss_weight_M.float(),
             bound_weights_M=bound_M.float(),
@@ -252,6 +285,7 @@ class Noising:
             tokens=tokens_T.tolist(),
             loss_divisor=divisor.float(),
             num_documents=batch.num_documents // (2 if objective.complementary else 1),
+            blocks=blocks,
         )
 
 
@@ -272,4 +306,5 @@ class _Drawn(NamedTuple):
     times: list[float]
     key: int
     length: int  # tokens
+    independent: bool  # whether blocks have times of their own
     twin: bool = False  # whether it has the noise that the other one lacks

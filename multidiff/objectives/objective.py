@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multidiff.objectives.times import SMALLEST
 from multidiff.processes import Absorbing, Process
+from multidiff.sequence.blocks import AttentionPattern
 from multidiff.sequence.vocabulary import SharedVocabulary
 
 _WEIGHT_LIMIT = 5.0
@@ -116,6 +117,34 @@ class Objective:
                 raise ValueError(
                     f"complementary needs a range of times whose noise at both ends adds up to 1, but that of {name!r} "
                     f"at {list(self.times)} adds up to {both:.3g}."
+                )
+
+    def check_pattern(self, pattern: AttentionPattern, vocabulary: SharedVocabulary) -> None:
+        """Refuse what does not fit the attention of a model.
+
+        Autoregressive training adds no noise, and every code weighs the same but for `loss_weights`. Blocks have a
+        bound of their own, which is that of absorbing noise.
+
+        Raises:
+            ValueError: it names the setting.
+        """
+        if pattern.is_full:
+            return
+        if not pattern.is_autoregressive:
+            for name, process in self.processes_of(vocabulary).items():
+                if type(process) is not Absorbing:
+                    raise ValueError(
+                        f"A model of {pattern} trains with absorbing noise, but {name!r} has {type(process).__name__}."
+                    )
+            return
+        usual = type(self)()
+        for setting in fields(self):
+            value, kept = getattr(self, setting.name), ("loss_weights", "normalisation", "label_smoothing")
+            same = value == getattr(usual, setting.name) or (setting.name, value) == ("weighting", "uniform")
+            if setting.name not in kept and not same:
+                raise ValueError(
+                    f"The objective's {setting.name} has no meaning for a model with causal attention, which trains on "
+                    "clean tokens. Remove it from the objective."
                 )
 
     def process_of(self, name: str) -> Process:

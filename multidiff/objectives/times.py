@@ -16,10 +16,12 @@ import math
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from multidiff.seeding import generator_for
 
 # The golden ratio spreads best; roots of different primes are jointly even.
+_BLOCKS = (math.sqrt(23)) % 1  # of the blocks of a segment
 _STEPS = ((math.sqrt(5) - 1) / 2, *(math.sqrt(prime) % 1 for prime in (2, 3, 7, 11, 13, 17, 19)))
 SMALLEST = 1e-3
 
@@ -45,6 +47,20 @@ def draw_time(seed: int, epoch: int, position: int, axis: int, times: tuple[floa
     to learn from."""
     low, high = times
     return low + (high - low) * spread_uniform(seed, epoch, position, axis)
+
+
+def times_of_blocks(t_S: Tensor, source_S: Tensor, times: tuple[float, float]) -> Tensor:
+    """A time for each block, float64 [S], of which every one is uniform and those of a segment are spread evenly.
+
+    Args:
+        t_S: the time of the segment that each block is of, which its first block keeps.
+        source_S: that segment; the blocks of a segment follow each other.
+        times: the range of times.
+    """
+    low, high = times
+    first_S = torch.searchsorted(source_S, source_S)
+    place_S = torch.arange(len(source_S)) - first_S
+    return low + (high - low) * (((t_S - low) / (high - low) + place_S * _BLOCKS) % 1.0)
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,9 +10,11 @@ from diffusers import AmusedScheduler, BlockRefinementScheduler
 
 from multidiff.processes import Absorbing, Process
 from multidiff.samplers.ancestral import AncestralSampler
+from multidiff.samplers.blocks import cache_for
 from multidiff.samplers.protocol import Sampler
 from multidiff.samplers.sampler import MaskSampler
 from multidiff.samplers.scheduler import Scheduler, SchedulerSampler
+from multidiff.sequence.blocks import AttentionPattern
 from multidiff.sequence.vocabulary import SharedVocabulary
 
 
@@ -22,10 +25,11 @@ class Samplers(Mapping[str, Sampler]):
         vocabulary: its tokenizers.
         given: as `as_sampler` takes them; a tokenizer that is not named gets what `default_sampler` makes.
         processes: the forward process of each tokenizer; `Absorbing()` where not named.
+        pattern: of the model's attention.
 
     Raises:
         ValueError: an unknown tokenizer, something that is no sampler, or a sampler that does not fit the tokenizer's
-            process; also when one is set.
+            process or the model's attention; also when one is set.
     """
 
     def __init__(
@@ -33,8 +37,9 @@ class Samplers(Mapping[str, Sampler]):
         vocabulary: SharedVocabulary,
         given: Mapping[str, Sampler | Scheduler],
         processes: Mapping[str, Process] | None = None,
+        pattern: AttentionPattern = AttentionPattern(),  # noqa: B008 (frozen)
     ):
-        self._vocabulary, self._processes = vocabulary, processes or {}
+        self._vocabulary, self._processes, self._pattern = vocabulary, processes or {}, pattern
         for name in self._processes:
             vocabulary.layout(name)
         self._samplers = {name: default_sampler(self._processes.get(name)) for name in vocabulary.tokenizers}
@@ -44,7 +49,7 @@ class Samplers(Mapping[str, Sampler]):
     def __setitem__(self, name: str, sampler: Sampler | Scheduler) -> None:
         self._vocabulary.layout(name)
         made = as_sampler(sampler)
-        check_fit(name, made, self._processes.get(name))
+        check_fit(name, made, self._processes.get(name), self._pattern)
         self._samplers[name] = made
 
     def __getitem__(self, name: str) -> Sampler:
@@ -65,13 +70,15 @@ def default_sampler(process: Process | None) -> Sampler:
     return MaskSampler() if process is None or process.starts_masked else AncestralSampler(process)
 
 
-def check_fit(name: str, sampler: Sampler, process: Process | None) -> None:
-    """Refuse a sampler that unmasks where the process has no masks, and one that follows another process.
+def check_fit(name: str, sampler: Sampler, process: Process | None, pattern: AttentionPattern) -> None:
+    """Refuse a sampler that unmasks where the process has no masks, one that follows another process, and one that does
+    not fit the attention of the model.
 
     Raises:
         ValueError: it names the tokenizer.
     """
     process = process or Absorbing()
+    _check_pattern(name, sampler, pattern)
     if isinstance(sampler, AncestralSampler):
         if type(process) is type(sampler.process) is Absorbing or process == sampler.process:
             return
@@ -108,3 +115,18 @@ def as_sampler(sampler: Any) -> Sampler:
         f"expected a MaskSampler, an AmusedScheduler or a BlockRefinementScheduler, got {kind}. {advice} "
         "Another class must have what multidiff.samplers.Sampler describes."
     )
+
+
+def _check_pattern(name: str, sampler: Sampler, pattern: AttentionPattern) -> None:
+    try:
+        cache_for(sampler.cache_mode, pattern)
+        if isinstance(sampler, MaskSampler):
+            sampler.parts.check_pattern(pattern)
+    except ValueError as error:
+        raise ValueError(f"The sampler of {name!r}: {error}") from None
+    if not pattern.is_full and "block_RN" not in inspect.signature(sampler.start).parameters:
+        kind = type(sampler.scheduler if isinstance(sampler, SchedulerSampler) else sampler).__name__
+        raise ValueError(
+            f"The sampler of {name!r}, {kind}, does not go with a model of {pattern}, because its start takes no "
+            "block_RN. Use a MaskSampler."
+        )

@@ -29,6 +29,7 @@ class MaskState(State):
         plan_RK: int64, how many positions a schedule decides at each step; no columns under other rules.
         next_RN: bool, the positions that the next step decides; None where that depends on their logits.
         remask_RN: bool, the decided positions that the next step masks again.
+        ends: whether the blocks are those of the model's attention, so that nothing behind an EOS is needed.
     """
 
     coords_RN3: Tensor
@@ -38,6 +39,7 @@ class MaskState(State):
     plan_RK: Tensor
     next_RN: Tensor | None
     remask_RN: Tensor
+    ends: bool
 
     @classmethod
     def first(
@@ -50,6 +52,7 @@ class MaskState(State):
         eos_RN: Tensor | None,
         extent_RN3: Tensor | None,
         frame_RN: Tensor | None,
+        block_RN: Tensor | None,
         generator: Sequence[torch.Generator],
     ) -> MaskState:
         """The state before the first step; see `Sampler.start`."""
@@ -64,7 +67,10 @@ class MaskState(State):
             frames = Frames.of(frame_RN, levels_RN, eos_RN, *parts.rules.frame_rules(sample_RN, coords_RN3, eos_RN))
             if bool((frames.content_RN & frames.only_eos_RN).any()):
                 raise parts.rules.nothing_left("in a frame, whose codes must all be EOS or all content")
-        block_RN = parts.blocks.numbers(undecided_RN, levels_RN)
+        ends = block_RN is not None
+        if block_RN is None:
+            block_RN = parts.blocks.numbers(undecided_RN, levels_RN)
+        sizes = [[size for size in block_N[block_N >= 0].bincount().tolist() if size] for block_N in block_RN.cpu()]
         plans: list[list[int]] = [[] for _ in numbers]
         if parts.unmasking.is_adaptive:
             if num_inference_steps is not None:
@@ -74,15 +80,16 @@ class MaskState(State):
                 )
             steps = numbers
         else:
-            steps = [num_inference_steps or parts.unmasking.num_inference_steps or STEPS] * len(numbers)
+            asked = num_inference_steps or parts.unmasking.num_inference_steps
+            usual = [sum(min(size, STEPS) for size in row) if ends else STEPS for row in sizes]
+            steps = [asked or most for most in usual]
         if parts.unmasking.is_scheduled:
-            sizes = [[size for size in block_N[block_N >= 0].bincount().tolist() if size] for block_N in block_RN.cpu()]
-            steps = [min(steps[0], number) for number in numbers]
+            steps = [min(most, number) for most, number in zip(steps, numbers, strict=True)]
             for row_sizes, row_steps in zip(sizes, steps, strict=True):
                 if row_steps < len(row_sizes):
+                    blocks = "the model's attention" if ends else f"block_length {parts.blocks.block_length!r}"
                     raise ValueError(
-                        f"num_inference_steps {row_steps} is less than the {len(row_sizes)} blocks of "
-                        f"block_length {parts.blocks.block_length!r}"
+                        f"num_inference_steps {row_steps} is less than the {len(row_sizes)} blocks of {blocks}"
                     )
             plans = [parts.unmasking.plan(*row) for row in zip(sizes, steps, strict=True)]
         longest = max(map(len, plans))
@@ -98,8 +105,21 @@ class MaskState(State):
             plan_RK=torch.tensor([plan + [0] * (longest - len(plan)) for plan in plans]).to(sample_RN.device),
             next_RN=None,
             remask_RN=torch.zeros_like(undecided_RN),
+            ends=ends,
         )
         return state.look_ahead(parts, 0, generator)
+
+    def behind_eos(self, sample_RN: Tensor, undecided_RN: Tensor) -> Tensor:
+        """bool: the undecided positions of blocks behind one that holds an EOS. Those of a frame that is content stay
+        undecided."""
+        eos_RN = (self.eos_RN >= 0) & (sample_RN == self.eos_RN) & ~undecided_RN
+        far = torch.iinfo(self.block_RN.dtype).max
+        end_R1 = self.block_RN.masked_fill(~eos_RN, far).amin(1, keepdim=True)
+        rest_RN = undecided_RN & (self.block_RN > end_R1) & (self.eos_RN >= 0)
+        if self.frames is not None:
+            content_RN, _ = self.frames.decided(sample_RN, self.mask_token_id)
+            rest_RN = rest_RN & ~content_RN
+        return rest_RN
 
     def look_ahead(self, parts: Parts, index: int, generator: Sequence[torch.Generator]) -> MaskState:
         """This state with what step `index` decides and masks again, as far as no logits are needed to know it."""

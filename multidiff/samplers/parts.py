@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from multidiff.samplers.blocks import Blocks
+from multidiff.samplers.blocks import Blocks, cache_for
 from multidiff.samplers.checks import refuse
 from multidiff.samplers.guidance import Guidance
 from multidiff.samplers.logit_rules import LogitRules
@@ -17,6 +17,7 @@ from multidiff.samplers.order import Order
 from multidiff.samplers.remasking import Remasking
 from multidiff.samplers.token_sampling import TokenSampling
 from multidiff.samplers.unmasking import Unmasking
+from multidiff.sequence.blocks import AttentionPattern
 
 _Part = TypeVar("_Part")
 
@@ -77,8 +78,24 @@ class Parts:
             refuse(("remask", remask), ("repetition_penalty", self.rules.repetition_penalty))
         if self.remasking.masks_again and not ancestral:
             refuse(("remask", remask), ("unmasking", unmasking))
-        if self.blocks.cache != "none" and remask != "none":
+        if self.blocks.cache not in ("auto", "none") and remask != "none":
             refuse(("cache", self.blocks.cache), ("remask", remask))
+
+    def check_pattern(self, pattern: AttentionPattern) -> None:
+        """Refuse settings that do not fit a model's attention.
+
+        Raises:
+            ValueError: it names the setting and the attention.
+        """
+        cache_for(self.blocks.cache, pattern)
+        self.blocks.check_pattern(pattern)
+        if pattern.is_full:
+            return
+        unmasking, remask = self.unmasking.unmasking, self.remasking.remask
+        if unmasking == "ancestral":  # it decides any position at any time
+            raise ValueError(f"unmasking 'ancestral' does not go with a model of {pattern}.")
+        if remask != "none":  # what follows has seen decided blocks as they are
+            raise ValueError(f"remask {remask!r} does not go with a model of {pattern}.")
 
 
 def _part(kind: type[_Part], settings: Mapping[str, Any]) -> _Part:

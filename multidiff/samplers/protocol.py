@@ -114,7 +114,9 @@ class Sampler(Protocol):
 
     @property
     def cache_mode(self) -> str:
-        """Which keys and values of the transformer a run keeps: "none", "approximate_prefix" or "approximate_dual"."""
+        """Which keys and values of the transformer a run keeps: "none"; "approximate_prefix" or "approximate_dual" of
+        a model with full attention; "exact" of one whose attention has an order; or "auto", which is "exact" where that
+        is possible, else "none"."""
         ...
 
     @property
@@ -147,6 +149,10 @@ class Sampler(Protocol):
         generator: Sequence[torch.Generator],
     ) -> SamplerState:
         """The state before the first step.
+
+        A sampler also serves models whose attention has an order if it takes one argument more, `block_RN`: int64, the
+        number of the block of attention that each position is in, -1 at padding. Each block must then be finished
+        before a higher one starts, and an EOS ends the work: positions of later blocks are EOS as well.
 
         Args:
             sample_RN: int64, V at positions to fill in, -1 at padding, which follows them.

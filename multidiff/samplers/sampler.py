@@ -44,8 +44,10 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         order_temperature: noise on the order, which falls to none at the last step; 0 is none.
         level_penalty: subtracted from the order's score for each residual level, so that coarse codes come first.
         block_length: decode in blocks of `block_length` codes. Each block is finished before the next one starts.
-            "level" makes a block of each residual level, None one block of all codes.
-        cache: "none", "approximate_prefix" or "approximate_dual" (Fast-dLLM). Samplers that run together need the same.
+            "level" makes a block of each residual level, None one block of all codes, or those of the model's
+            attention.
+        cache: "auto", "none", "exact" (of models whose attention has an order), "approximate_prefix" or
+            "approximate_dual" (Fast-dLLM). Samplers that run together need the same.
         unmasking: how many positions a step decides. Schedules: "linear", "cosine", "arccos", "power". Adaptive:
             "threshold", "factor" (order "confidence") and "entropy_bound" (order "entropy"). "ancestral": each position
             by itself with the probability of the reverse process (order "random").
@@ -65,7 +67,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         forced_tokens: local id by place among the codes to fill in, from 0, through all segments of the tokenizer.
         min_length, max_length: of content whose length varies, in its unit (tokens, frames).
         repetition_penalty: multiplies the log-probability of ids that the run has decided in the document; 1 is none.
-        num_inference_steps: K where a run does not say; None is 16. An adaptive unmasking finds its own.
+        num_inference_steps: K where a run does not say; None is 16, or 16 for each block of the model's attention. An
+            adaptive unmasking finds its own.
         guidance_scale: of classifier-free guidance where a run does not say; 1 is none. One number for all given
             segments, or {tokenizer: scale}, each with that tokenizer's given segments masked.
         guidance_schedule: "constant", "linear", or [first, last], the share of steps done from and to which it guides.
@@ -101,7 +104,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         order_temperature: float = 0.0,
         level_penalty: float = 0.0,
         block_length: int | Literal["level"] | None = None,
-        cache: str = "none",
+        cache: str = "auto",
         unmasking: str = "cosine",
         exponent: float | None = None,
         threshold: float | None = None,
@@ -193,11 +196,21 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         extent_RN3: Tensor | None = None,
         frame_RN: Tensor | None = None,
         sizes_RN: Tensor | None = None,
+        block_RN: Tensor | None = None,
         generator: Sequence[torch.Generator],
     ) -> MaskState:
         """The state before the first step; see `Sampler.start`. A random order is drawn here."""
         return MaskState.first(
-            self.parts, sample_RN, levels_RN, coords_RN3, num_inference_steps, eos_RN, extent_RN3, frame_RN, generator
+            self.parts,
+            sample_RN,
+            levels_RN,
+            coords_RN3,
+            num_inference_steps,
+            eos_RN,
+            extent_RN3,
+            frame_RN,
+            block_RN,
+            generator,
         )
 
     def needs(self, state: MaskState) -> Tensor:
@@ -244,6 +257,10 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         sample_RN = torch.where(decide_RN, token_RN, sample_RN).masked_fill(state.remask_RN, state.mask_token_id)
         probs_RN = torch.where(decide_RN, probs_RN, state.probs_RN).masked_fill(state.remask_RN, torch.nan)
         undecided_RN = state.undecided_RN & ~decide_RN | state.remask_RN
+        if state.ends:
+            rest_RN = state.behind_eos(sample_RN, undecided_RN)
+            sample_RN, probs_RN = sample_RN.where(~rest_RN, state.eos_RN), probs_RN.masked_fill(rest_RN, 1.0)
+            undecided_RN = undecided_RN & ~rest_RN
         state = replace(state, undecided_RN=undecided_RN, probs_RN=probs_RN)
         return SamplerOutput(sample_RN, state.look_ahead(parts, index + 1, generator))
 

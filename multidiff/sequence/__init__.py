@@ -1,6 +1,7 @@
 """The shared vocabulary, segments and documents, and their layout as token batches."""
 
 from multidiff.sequence.batch import TokenBatch
+from multidiff.sequence.blocks import AttentionPattern, Blocks
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.segments import Document, Example, Segment
 from multidiff.sequence.sequencer import MAX_CODES, Sequencer
@@ -9,6 +10,8 @@ from multidiff.sequence.vocabulary import MASK, SharedVocabulary
 __all__ = [
     "MASK",
     "MAX_CODES",
+    "AttentionPattern",
+    "Blocks",
     "Document",
     "Example",
     "SeenDocuments",

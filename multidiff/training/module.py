@@ -82,12 +82,14 @@ class MaskedDiffusionModule(LightningModule):
             "samplers": samplers or {},
             "processes": {name: to_settings(process) for name, process in self.processes.items()},
         }
-        self.samplers = load_samplers(samplers or {}, self.vocabulary, self.processes, "model.samplers")
+        pattern = self.transformer.pattern
+        self.samplers = load_samplers(samplers or {}, self.vocabulary, self.processes, pattern, "model.samplers")
         self.tasks = [Task.of(task) for task in tasks or [{"roles": {OTHERS: "target"}}]]
         self._labels = list(self.vocabulary.tokenizers)
         self._labels += dict.fromkeys(
             label for task in self.tasks for label in task.roles if label not in (OTHERS, *self._labels)
         )
+        objective.check_pattern(pattern, self.vocabulary)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.likelihood_draws = likelihood_draws
@@ -119,6 +121,7 @@ class MaskedDiffusionModule(LightningModule):
             batch.targets_M,
             batch.losses(self.vocabulary, self.objective),
             batch.noise_P,
+            blocks=batch.blocks,
         )
         nats_M = torch.cat(nats)
         return nats_M.unbind(1) if self.objective.label_smoothing else (nats_M, nats_M)  # pyright: ignore
@@ -265,7 +268,7 @@ class MaskedDiffusionModule(LightningModule):
             self.vocabulary.check(data.vocabulary, "the data module (data.init_args.tokenizers)")
         if isinstance(data, DocumentDataModule):
             self._labels = list(dict.fromkeys([*self._labels, *data.labels]))
-            data.collate = Noising(data.sequencer, self.tasks, self.objective, self.seed)
+            data.collate = Noising(data.sequencer, self.tasks, self.objective, self.seed, self.transformer.pattern)
             data.collate_evaluation = partial(EvaluationBatch.of, sequencer=data.sequencer, seed=self.seed)
             if stage == "fit":
                 self.seen = data.seen

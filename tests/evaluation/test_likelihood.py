@@ -13,7 +13,7 @@ from multidiff.data import DocumentDataModule
 from multidiff.evaluation import BoundSums, EvaluationBatch, likelihood, modes
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.processes import Absorbing, Cosine, Geometric, Hybrid, LogLinear, Uniform
-from multidiff.sequence import MASK, Example, SharedVocabulary
+from multidiff.sequence import MASK, AttentionPattern, Example, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.toys import Frames, Grid, generator
 
@@ -129,6 +129,7 @@ def test_a_model_that_knows_measures_the_joint():
 
     class Knowing:
         device = torch.device("cpu")
+        pattern = AttentionPattern()
 
         def __call__(self, ids_P, positions_P3, starts, positions, coords_P3, **_):
             blind_D = (ids_P == MASK).view(count, -1).sum(1) == 16  # half and half where all is masked, else certain

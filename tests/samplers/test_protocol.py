@@ -99,7 +99,7 @@ def test_what_is_no_sampler_is_told_what_it_lacks():
 def test_what_samplers_say_of_themselves():
     plain = MaskSampler(guidance_scale={"text": 2.0}, num_inference_steps=7, canvas={"frames": 3})
     assert not plain.is_adaptive
-    assert (plain.cache_mode, plain.num_inference_steps, plain.canvas) == ("none", 7, {"frames": 3})
+    assert (plain.cache_mode, plain.num_inference_steps, plain.canvas) == ("auto", 7, {"frames": 3})
     assert plain.guidance_scale == {"text": 2.0}
     assert MaskSampler(unmasking="threshold", threshold=0.5).is_adaptive
     assert MaskSampler(cache="approximate_dual", block_length=4).cache_mode == "approximate_dual"
