@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from lightning.pytorch import Callback
 from PIL import Image
 
@@ -66,6 +67,22 @@ def written(tmp_path_factory):
     texts = [{"split": split, "segments": [{"text": "number 1 2 3 4 " * 300}]} for split in ("train", "validation")]
     (folders["shakespeare"] / "metadata.jsonl").write_text("\n".join(map(json.dumps, texts)))
     return folders
+
+
+@pytest.mark.parametrize("name", ["sudoku4", "sudoku9", "path-star", "countdown"])
+def test_a_baseline_differs_only_in_attention_order_and_folder(name):
+    """Equal parameters, data and steps, or solve rates could not be compared."""
+    masked, baseline = (
+        yaml.safe_load((ROOT / "configs" / "planning" / f"{name}-{kind}.yaml").read_text())
+        for kind in ("masked", "autoregressive")
+    )
+    assert baseline["model"]["init_args"]["transformer"].pop("attention") == "causal"
+    (tokenizer,) = baseline["model"]["init_args"]["tokenizers"]
+    orders = [config["model"]["init_args"]["samplers"][tokenizer].pop("order") for config in (masked, baseline)]
+    assert orders == ["margin", "row_scan" if tokenizer == "grid" else "left_to_right"]
+    folders = [config["trainer"].pop("default_root_dir") for config in (masked, baseline)]
+    assert folders == [f"runs/{name}/masked", f"runs/{name}/autoregressive"]
+    assert masked == baseline
 
 
 class CtrlC(Callback):

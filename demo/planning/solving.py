@@ -92,7 +92,8 @@ def measure(
     Args:
         pipeline: a model that was trained on problems of the folder's family.
         folder: `demo.planning.corpus.prepare` wrote it.
-        orders: of decoding; None is confidence, margin, left_to_right (row_scan on a grid) and random.
+        orders: of decoding; None is confidence, margin, left_to_right (row_scan on a grid) and random, and only the
+            third of these for an autoregressive model, which has no other.
         num_samples: problems, the first ones of the split.
         seed, batch: see `answer_all`.
 
@@ -117,8 +118,9 @@ def measure(
     givens = [family.givens(question) for question in questions]
     pipeline.set_progress_bar_config(disable=True)
     rates: dict[str, dict[str, SolveRate]] = {}
-    in_line = bool(tokenizer.canvas().coords_N3[:, 0].any())
-    for order in orders or ("confidence", "margin", "left_to_right" if in_line else "row_scan", "random"):
+    reading = "left_to_right" if bool(tokenizer.canvas().coords_N3[:, 0].any()) else "row_scan"
+    is_causal = pipeline.transformer.config["attention"] == "causal"
+    for order in orders or ([reading] if is_causal else ["confidence", "margin", reading, "random"]):
         answers = answer_all(pipeline, name, questions, size, order, seed, batch)
         solved = [family.solves(*pair) for pair in zip(questions, answers, strict=True)]
         rates[order] = {"all": SolveRate(sum(solved), len(solved))}

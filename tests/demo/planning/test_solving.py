@@ -21,8 +21,9 @@ from tests.helpers.paths import ROOT
 class Oracle:
     """A pipeline that knows the answers. To some questions it gives the wrong one."""
 
-    def __init__(self, tokenizers, problems, knows):
+    def __init__(self, tokenizers, problems, knows, attention="full"):
         self.tokenizers, self.samplers = tokenizers, {}
+        self.transformer = SimpleNamespace(config={"attention": attention})
         self.answers = {question: answer if knows(question) else question for question, answer in problems}
         self.asked = []
 
@@ -76,6 +77,15 @@ def test_each_order_decides_a_cell_a_step_on_canvases_of_answers(stars):
     seeds = [seed for _, _, seeds in oracle.asked for seed in seeds]
     assert seeds[:6] == seeds[6:]
     assert len(set(seeds)) == 6
+
+
+def test_an_autoregressive_model_has_one_order(boards, stars):
+    for folder, name, tokenizer, order in (
+        (boards, "grid", GridTokenizer("_1234"), "row_scan"),
+        (stars, "text", BPETokenizer(), "left_to_right"),
+    ):
+        oracle = Oracle({name: tokenizer}, read_problems(folder)["test"], lambda question: True, attention="causal")
+        assert list(measure(oracle, folder, None, 5, seed=0, batch=5)) == [order]
 
 
 def test_standard_error_is_that_of_a_share():
