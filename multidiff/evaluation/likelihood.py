@@ -40,16 +40,31 @@ class EvaluationBatch:
         numbers: of each document, in its split.
         counts: False for a document that only stands in; it adds nothing to the results.
         seed: of all random numbers.
+        dimensions: of the item of each segment, as `ModalityTokenizer.dimensions` gives them.
     """
 
-    def __init__(self, batch: TokenBatch, numbers: Sequence[int], counts: Sequence[bool], seed: int):
+    def __init__(
+        self,
+        batch: TokenBatch,
+        numbers: Sequence[int],
+        counts: Sequence[bool],
+        seed: int,
+        dimensions: Sequence[tuple[float, str] | None] = (),
+    ):
         self.batch, self.numbers, self.counts, self.seed = batch, numbers, counts, seed
+        self.dimensions = dimensions
 
     @classmethod
     def of(cls, examples: Sequence[Example], *, sequencer: Sequencer, seed: int) -> EvaluationBatch:
         """The documents of a loader's batch."""
         batch = sequencer.batch([example.document for example in examples])
-        return cls(batch, [example.number for example in examples], [example.counts for example in examples], seed)
+        numbers, counts = [example.number for example in examples], [example.counts for example in examples]
+        dimensions = [
+            sequencer.tokenizers[segment.tokenizer].dimensions(sequencer.codes(segment))
+            for example in examples
+            for segment in example.document
+        ]
+        return cls(batch, numbers, counts, seed, dimensions)
 
 
 def likelihood(
