@@ -135,6 +135,15 @@ class ModalityTokenizer(ABC):
     def load(cls, folder: Path) -> Self:
         """The tokenizer saved in `folder`. Runs no code from it. Raises a `ValueError` that names a damaged file."""
 
+    def dimensions(self, codes: Codes) -> tuple[float, str] | None:
+        """How large the item of these codes is, and the unit: (13, "byte"), (0.8, "second"), or (3072, "dimension") for
+        32×32 pixels of three channels.
+
+        The unit must not depend on the tokenizer, and is the same for all codes. Likelihoods are also reported in bits
+        per unit, which compares models with different tokenizers. None, the default, means that items have no unit.
+        """
+        return None
+
     def to(self, device: torch.device | str) -> Self:
         """Move the computation to `device`. `encode` and `decode` still take and return items on the CPU."""
         return self

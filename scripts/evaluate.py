@@ -1,7 +1,9 @@
 """Evaluate a tokenizer on the items of a data folder: cost, speed, quality of reconstruction and use of its codebooks.
-Or evaluate a model on planning problems: how many it solves, by the order in which it decides its answers.
+Or evaluate a model: the likelihood of the documents of a data folder, or how many planning problems it solves, by the
+order in which it decides its answers.
 
     python scripts/evaluate.py tokenizer --data runs/demo/data --name image --tokenizer '{"plugin": "vq"}'
+    python scripts/evaluate.py likelihood --data runs/demo/data --model runs/demo/model
     python scripts/evaluate.py planning --data runs/sudoku4/data --model runs/sudoku4/masked/model
 
 Prints a table, and one line of JSON at the end. STOI and PESQ are included if pystoi and pesq are installed. LPIPS is
@@ -23,8 +25,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multidiff import Audio, Codes, ModalityTokenizer, evaluation, plugins
-from multidiff.data.folder import file_states, read_metadata
+from multidiff import Audio, Codes, ModalityTokenizer, MultiDiffPipeline, evaluation, plugins
+from multidiff.data.folder import SPLITS, file_states, read_metadata
 from multidiff_encodec.mel import MelLoss
 from multidiff_sound import SoundTokenizer
 from multidiff_sound.sound import to_mono
@@ -72,6 +74,30 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name:{width}}  {value:,.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
+    return found
+
+
+def likelihood(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the bound on the likelihood in every mode, print a table, and return the numbers by mode."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    estimates, documents = evaluation.measure_folder(
+        MultiDiffPipeline.from_pretrained(arguments.model, device=device),
+        arguments.data,
+        arguments.split,
+        draws=arguments.draws,
+        max_documents=arguments.num_samples,
+        max_eos_padding=arguments.max_eos_padding,
+        batch_size=arguments.batch,
+        seed=arguments.seed,
+        estimator=arguments.estimator,
+    )
+    print(f"{documents} documents of split {arguments.split!r}\n")
+    print(evaluation.bounds_table(estimates, arguments.draws))
+    found: dict[str, Any] = {"documents": documents, "draws": arguments.draws}
+    for one in estimates:
+        found[one.mode] = {"nats per token": one.nats, "standard error": one.nats_error}
+        if one.unit:
+            found[one.mode] |= {f"bits per {one.unit}": one.bits, f"standard error per {one.unit}": one.bits_error}
     return found
 
 
@@ -245,6 +271,19 @@ def main() -> None:
     one.add_argument("--batch", type=int, default=100, help="Number of problems per batch (default: 100).")
     one.add_argument("--seed", type=int, default=0, help="Random seed of the order random (default: 0).")
     one.set_defaults(run=planning)
+    one = commands.add_parser("likelihood", help="Evaluate the likelihood of documents under a model.")
+    one.add_argument("--model", required=True, help="Folder of a saved model, or Lightning checkpoint (.ckpt).")
+    one.add_argument("--data", type=Path, required=True, help="Data folder.")
+    one.add_argument("--split", default="test", choices=SPLITS, help="Split (default: test).")
+    one.add_argument("--draws", type=int, default=4, help="Number of masks drawn for each document (default: 4).")
+    help_ = "Draw numbers of masks (counts) or times (default: counts where all noise is absorbing)."
+    one.add_argument("--estimator", choices=("counts", "times"), help=help_)
+    one.add_argument("--num-samples", type=int, default=1000, help="Maximum number of documents (default: 1000).")
+    help_ = 'The max_eos_padding of the training, as JSON, e.g. {"text": 1}. It decides the sizes of canvases.'
+    one.add_argument("--max-eos-padding", type=json.loads, default={}, help=help_)
+    one.add_argument("--batch", type=int, default=64, help="Number of documents per batch (default: 64).")
+    one.add_argument("--seed", type=int, default=0, help="Random seed of canvases and masks (default: 0).")
+    one.set_defaults(run=likelihood)
     arguments = parser.parse_args()
     try:
         print(json.dumps(arguments.run(arguments)))

@@ -54,16 +54,33 @@ class EvaluationBatch:
         numbers: of each document, in its split.
         counts: False for a document that only stands in; it adds nothing to the results.
         seed: of all random numbers.
+        dimensions: of the item of each segment, as `ModalityTokenizer.dimensions` gives them.
+        number_P: the block of each token, where the segments of the batch do not tell it.
     """
 
-    def __init__(self, batch: TokenBatch, numbers: Sequence[int], counts: Sequence[bool], seed: int):
+    def __init__(
+        self,
+        batch: TokenBatch,
+        numbers: Sequence[int],
+        counts: Sequence[bool],
+        seed: int,
+        dimensions: Sequence[tuple[float, str] | None] = (),
+        number_P: Tensor | None = None,
+    ):
         self.batch, self.numbers, self.counts, self.seed = batch, numbers, counts, seed
+        self.dimensions, self.number_P = dimensions, number_P
 
     @classmethod
     def of(cls, examples: Sequence[Example], *, sequencer: Sequencer, seed: int) -> EvaluationBatch:
         """The documents of a loader's batch."""
         batch = sequencer.batch([example.document for example in examples])
-        return cls(batch, [example.number for example in examples], [example.counts for example in examples], seed)
+        numbers, counts = [example.number for example in examples], [example.counts for example in examples]
+        dimensions = [
+            sequencer.tokenizers[segment.tokenizer].dimensions(sequencer.codes(segment))
+            for example in examples
+            for segment in example.document
+        ]
+        return cls(batch, numbers, counts, seed, dimensions)
 
 
 def likelihood(
@@ -73,7 +90,7 @@ def likelihood(
     mode: str,
     draws: int = 1,
     processes: Mapping[str, Process] | None = None,
-    estimator: Estimator = "counts",
+    estimator: Estimator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Nats, and the tokens that they are of, of each document: float64 [D] on the model's device.
 
@@ -87,7 +104,8 @@ def likelihood(
         mode: one of `modes`.
         draws: of each document, whose mean its nats are.
         processes: of each tokenizer; absorbing where not named.
-        estimator: "counts" draws the number of masks, "times" the time.
+        estimator: "counts" draws the number of masks, "times" the time; None takes "counts" where all noise is
+            absorbing. Models whose attention has an order have an estimator of their own.
 
     Raises:
         ValueError: numbers of masks for a process that has other noise.
@@ -95,6 +113,7 @@ def likelihood(
     batch, device = documents.batch, model.device
     of_names = {name: (processes or {}).get(name, Absorbing()) for name in vocabulary.tokenizers}
     other = next((name for name, process in of_names.items() if type(process) is not Absorbing), None)
+    estimator = estimator or ("counts" if other is None else "times")
     if estimator == "counts" and other is not None:
         kind = type(of_names[other]).__name__
         raise ValueError(f'The estimator "counts" is for absorbing noise, but {other!r} has {kind}. Use "times".')
@@ -106,10 +125,19 @@ def likelihood(
     if not bool(target_S.any()):
         return nats_D, tokens_D.to(device)
     if not model.pattern.is_full:
+        number_P = model.pattern.numbers(batch) if documents.number_P is None else documents.number_P
         for draw in range(1 if model.pattern.is_autoregressive else draws):
             stratum = (draw, draws)
             index_M, nats_M = ordered_nats(
-                model, vocabulary, batch, target_S, absent_S, documents.numbers, (documents.seed, mode), stratum
+                model,
+                vocabulary,
+                batch,
+                target_S,
+                absent_S,
+                documents.numbers,
+                (documents.seed, mode),
+                stratum,
+                number_P,
             )
             segment_M = batch.segment_P[index_M]
             nats_M = nats_M * counted_S[segment_M].to(device)

@@ -41,6 +41,7 @@ def ordered_nats(
     numbers: Sequence[int],
     key: tuple[Any, ...],
     stratum: tuple[int, int],
+    number_P: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Codes of the targets, index_M, and the weighted cross-entropy of each, float64 on the model's device.
 
@@ -54,6 +55,7 @@ def ordered_nats(
         numbers: of each document, in its split.
         key: what the random numbers follow from, beside the number of the document and the draw: a seed and words.
         stratum: the draw, and how many there are. Causal attention needs none.
+        number_P: the block of each token.
     """
     clean_P = torch.where(batch.spread(absent_S, False), MASK, batch.ids_P)
     target_P = batch.spread(target_S, False)
@@ -63,7 +65,6 @@ def ordered_nats(
         ids_P, starts, blocks, read_M = clean_P, batch.document_starts, None, index_M - 1
         positions_P3, coords_P3 = batch.positions_P3, batch.coords_P3
     else:
-        number_P = model.pattern.numbers(batch)
         masked_P, weight_P = _mask_blocks(batch, number_P, target_P, numbers, key, stratum)
         index_M, sizes = batch.by_span(masked_P, len(vocabulary.flat_spans))
         weight_M, copies = weight_P[index_M], side_by_side(batch, number_P, masked_P)

@@ -224,7 +224,7 @@ class MultiDiffPipeline(DiffusionPipeline):
             for key in sorted({key for run in runs for key, scale in run.scales.items() if scale != 1})
         }
         decoder = Decoder(self.transformer, self.vocabulary, batch, runs, nulls, generators, trace, divergence)
-        with _evaluating(self.transformer), self.progress_bar(total=decoder.steps) as bar:  # pyright: ignore
+        with evaluating(self.transformer), self.progress_bar(total=decoder.steps) as bar:  # pyright: ignore
             for step in range(decoder.steps):
                 try:
                     decoder.step(step)
@@ -455,7 +455,7 @@ class MultiDiffPipeline(DiffusionPipeline):
 
 
 @contextmanager
-def _evaluating(transformer: MaskedDiffusionTransformer) -> Iterator[None]:
+def evaluating(transformer: MaskedDiffusionTransformer) -> Iterator[None]:
     """Dropout is off inside; a training that goes on has each module in the mode that it was in."""
     modes = {module: module.training for module in transformer.modules()}
     transformer.eval()

@@ -5,6 +5,8 @@ Shape suffixes: N codes of one item, 3 axes.
 
 from __future__ import annotations
 
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ def check_decode(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Cod
     expect(same(drawn, kept), "decode() changed the codes that it was given")
     expect(not any(tensor.requires_grad for tensor in tensors(decoded)), "decoded items must not require a gradient")
     expect(tokenizer.decode([]) == [], "decode([]) must be []")
+    _check_dimensions(tokenizer, [*drawn, *codes])
     with other_random_state():
         again = tokenizer.decode(drawn)
     expect(same(decoded, again), "decode() must be deterministic: two calls gave different items for the same codes")
@@ -57,6 +60,24 @@ def check_decode(tokenizer: ModalityTokenizer, items: list[Any], codes: list[Cod
     for number, item in enumerate(decoded):
         check_preview(tokenizer, item)
         write(tokenizer, item, folder / str(number))
+
+
+def _check_dimensions(tokenizer: ModalityTokenizer, codes: list[Codes]) -> None:
+    """Check that the size of items is a number of at least 0 in one unit, or that no item has one."""
+    units = set()
+    for one in codes:
+        found = tokenizer.dimensions(one)
+        right = found is None or (
+            isinstance(found, tuple)
+            and len(found) == 2
+            and isinstance(found[0], int | float)
+            and 0 <= found[0] < math.inf
+            and isinstance(found[1], str)
+            and re.fullmatch("[a-z]+", found[1]) is not None
+        )
+        expect(right, f"dimensions() must be None or a number of at least 0 and a word such as 'byte', not {found!r}")
+        units.add(found and found[1])
+    expect(len(units) == 1, f"dimensions() must have the same unit for all codes, not {sorted(map(str, units))}")
 
 
 def check_extremes(tokenizer: ModalityTokenizer) -> None:

@@ -13,15 +13,17 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from multidiff import plugins
 from multidiff.checkpoints import KEY, build_transformer, load_samplers, pack
 from multidiff.data import DocumentDataModule
-from multidiff.evaluation.likelihood import BoundSums, Estimator, EvaluationBatch, likelihood, modes
+from multidiff.evaluation.bounds import Bounds, bounds_table
+from multidiff.evaluation.likelihood import EvaluationBatch, likelihood
 from multidiff.objectives import NoisedBatch, Noising, Objective, Task
 from multidiff.objectives.tasks import OTHERS
-from multidiff.processes import Absorbing, to_settings
+from multidiff.processes import to_settings
 from multidiff.seeding import generator_for
 from multidiff.sequence import SeenDocuments, SharedVocabulary
 from multidiff.training.progress import progress
@@ -68,8 +70,6 @@ class MaskedDiffusionModule(LightningModule):
         self.vocabulary = SharedVocabulary.of(built)
         objective.check(self.vocabulary)
         self.processes = objective.processes_of(self.vocabulary)
-        absorbing = all(type(process) is Absorbing for process in self.processes.values())
-        self._estimator: Estimator = "counts" if absorbing else "times"
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
         self.transformer = build_transformer(config, "model.transformer")
         self.transformer.initialize(generator_for(seed, "weights"))
@@ -172,17 +172,19 @@ class MaskedDiffusionModule(LightningModule):
         self._divisors.clear()
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = {mode: BoundSums.zero(self.device) for mode in modes(self._labels)}
+        self._bounds = Bounds(self._labels, self.device)
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: EvaluationBatch, batch_index: int) -> None:
-        """Adds to the bounds of each label, conditional and unconditional, and to the joint one."""
-        for mode, sums in self._sums.items():
-            nats_D, tokens_D = likelihood(
-                self.transformer, self.vocabulary, batch, mode, self.likelihood_draws, self.processes, self._estimator
-            )
-            sums.add(nats_D, tokens_D)
+        """Adds to the bounds of each label, conditional and unconditional, and to the joint one.
+
+        They are logged in nats per token and, where tokenizers know the dimensions of their items, in bits for each.
+        """
+        measure = partial(
+            likelihood, self.transformer, self.vocabulary, draws=self.likelihood_draws, processes=self.processes
+        )
+        self._bounds.add(batch, measure)
 
     def test_step(self, batch: EvaluationBatch, batch_index: int) -> None:
         self.validation_step(batch, batch_index)
@@ -194,12 +196,18 @@ class MaskedDiffusionModule(LightningModule):
         self._log_bounds("test")
 
     def _log_bounds(self, stage: str) -> None:
-        for mode, sums in self._sums.items():  # the same on every rank, whatever its documents held
-            estimate = BoundSums(self.trainer.strategy.reduce(sums.sums, reduce_op="sum")).estimate()  # pyright: ignore
-            if estimate:
-                bound, error = estimate
-                self.log(f"{stage}/{mode}", bound, prog_bar=mode == "joint", rank_zero_only=True)
-                self.log(f"standard_error/{stage}/{mode}", error, rank_zero_only=True)
+        values = {f"likelihood_draws/{stage}": float(self.likelihood_draws)}
+        estimates = self._bounds.estimates(partial(self.trainer.strategy.reduce, reduce_op="sum"))  # pyright: ignore
+        for one in estimates:
+            values[f"{stage}/{one.mode}"] = one.nats
+            values[f"standard_error/{stage}/{one.mode}"] = one.nats_error
+            if one.unit:
+                values[f"bits_per_{one.unit}/{stage}/{one.mode}"] = one.bits
+                values[f"standard_error/bits_per_{one.unit}/{stage}/{one.mode}"] = one.bits_error
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.print(bounds_table(estimates, self.likelihood_draws))
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == f"{stage}/joint", rank_zero_only=True)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The layers' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""

@@ -306,7 +306,7 @@ def test_both_estimators_agree_on_absorbing_noise():
 def test_counts_are_for_absorbing_noise_alone():
     documents = EvaluationBatch.of([Example(document(("a", [2, 0])), -1, 0, 0)], sequencer=SEQUENCER, seed=0)
     with pytest.raises(ValueError, match=r'"counts" is for absorbing noise, but \'v\' has Uniform. Use "times"'):
-        likelihood(transformer(), VOCABULARY, documents, "joint", 1, {"v": Uniform()})
+        likelihood(transformer(), VOCABULARY, documents, "joint", 1, {"v": Uniform()}, "counts")
 
 
 def test_the_noise_of_times_does_not_depend_on_the_batch():

@@ -1,4 +1,4 @@
-"""`scripts/evaluate.py tokenizer`: numbers of pictures, sounds, texts and of what only a plugin knows."""
+"""`scripts/evaluate.py`: numbers of pictures, sounds, texts and of what only a plugin knows; likelihood."""
 
 import importlib.util
 import json
@@ -11,7 +11,12 @@ import torch
 from PIL import Image
 from torchvision.models import squeezenet1_1
 
+from multidiff.evaluation import modes
+from multidiff_bpe import BPETokenizer
+from multidiff_encodec import EncodecTokenizer
+from multidiff_vq import VQTokenizer
 from tests.helpers.paths import ROOT
+from tests.helpers.pipelines import make
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
 
@@ -103,6 +108,31 @@ def test_texts(main, monkeypatch, capsys, folder):
     # Of five letters two are the same.
     assert found["level 0: entropy, nats of 5.55"] == pytest.approx(math.log(5) - 0.4 * math.log(2))
     assert found["level 0: codes in use, of 256"] == 4 / 256
+
+
+def test_likelihood(main, monkeypatch, capsys, folder):
+    tokenizers = {"text": BPETokenizer(), "image": VQTokenizer(), "speech": EncodecTokenizer("words-8khz")}
+    make(tokenizers, dtype=torch.float32).save_pretrained(folder / "model")
+    command = ["evaluate.py", "likelihood", "--data", str(folder), "--model", str(folder / "model"), "--draws", "2"]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert "6 documents of split 'test'" in printed
+    assert "± a standard error; draws a document: 2." in printed
+    assert "bits say nothing about pixels or samples" in printed
+    assert (found["documents"], found["draws"]) == (6, 2)
+    for mode in modes(["image", "speech", "text"]):
+        assert f"| {mode} | {found[mode]['nats per token']:.4f} ±" in printed
+        assert 0 < found[mode]["standard error"] < found[mode]["nats per token"]
+    nats, bits = found["image/conditional"]["nats per token"], found["image/conditional"]["bits per dimension"]
+    assert bits == pytest.approx(nats * 16 / 32 / 32 / math.log(2))
+    assert "bits per second" in found["speech/unconditional"]
+    assert "bits per byte" in found["text/unconditional"]
+    assert not any(key.startswith("bits") for key in found["joint"])
+    monkeypatch.setattr("sys.argv", [*command, "--split", "validation"])
+    with pytest.raises(SystemExit, match="no documents in split 'validation'"):
+        main()
 
 
 def test_what_is_not_there_is_named(main, monkeypatch, capsys, folder):

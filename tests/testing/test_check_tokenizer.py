@@ -345,6 +345,18 @@ class BatchedDecode(Steps):
         return [[0.5] * len(walk) if len(codes) > 1 else walk for walk in super().decode(codes)]
 
 
+@breaks(r"dimensions\(\) must be None or a number of at least 0 and a word such as 'byte', not 3")
+class BareNumber(Steps):
+    def dimensions(self, codes):
+        return 3
+
+
+@breaks(r"dimensions\(\) must have the same unit for all codes, not \['None', 'step'\]")
+class UnitOfSome(Steps):
+    def dimensions(self, codes):
+        return (len(codes) / 2, "step") if len(codes) == 8 else None
+
+
 @breaks("changed the codes that it was given")
 class ClobbersCodes(Steps):
     def decode(self, codes):

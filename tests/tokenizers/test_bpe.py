@@ -33,6 +33,12 @@ def test_every_string_comes_back_unchanged(texts):
         assert tokenizer.decode(tokenizer.encode(texts)) == texts
 
 
+@pytest.mark.parametrize("text", ["", "seven", "Größe 你好 🙂"])
+def test_a_text_is_as_large_as_its_bytes(text):
+    for tokenizer in (BPETokenizer(), TRAINED, CHARACTERS):
+        assert tokenizer.dimensions(tokenizer.encode([text])[0]) == (len(text.encode()), "byte")
+
+
 @pytest.mark.parametrize("tokenizer", [TRAINED, CHARACTERS], ids=["trained", "characters"])
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ranks=st.lists(st.integers(0, 2**16), max_size=40))

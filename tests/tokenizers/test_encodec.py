@@ -92,6 +92,7 @@ def test_shipped_words_codecs(weights, rate, frames, size, tmp_path):
     sweep = Audio(0.5 * torch.sin(2 * torch.pi * (150 + 1_500 * seconds_T) * seconds_T)[None], 8_000)
     (codes,) = shipped.encode([sweep])
     assert codes.size == {"frames": frames}
+    assert shipped.dimensions(codes) == (frames * 320 / rate, "second")
     for level in range(len(shipped.codebook_sizes)):
         assert len(codes.ids_N[codes.levels_N == level].unique()) > 5
 

@@ -98,6 +98,11 @@ def test_contract_rgb(rgb_folder, tmp_path):
     check_tokenizer(VQTokenizer(str(rgb_folder)), tmp_path)
 
 
+def test_a_picture_is_as_large_as_the_channels_of_its_pixels(rgb_folder):
+    for tokenizer, channels in ((VQTokenizer(), 1), (VQTokenizer(str(rgb_folder)), 3)):
+        assert tokenizer.dimensions(tokenizer.canvas(height=32, width=64)) == (32 * 64 * channels, "dimension")
+
+
 def test_shipped_weights_reconstruct_unseen_handwriting_with_most_of_their_codes():
     digits = handwriting(slice(9000, 9300))
     codes = DIGITS.encode(digits)

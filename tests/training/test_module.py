@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,11 @@ def test_training_saves_logs_and_previews(trained):
     errors = values["standard_error/validation/joint"]
     assert errors.keys() == values["validation/joint"].keys()
     assert all(0 < error < values["validation/joint"][step] for step, error in errors.items())
+    # The words of every document have as many bytes as codes, and two ends: bits per byte are more than nats per token.
+    bits = values["bits_per_byte/validation/joint"]
+    assert bits.keys() == errors.keys() == values["standard_error/bits_per_byte/validation/joint"].keys()
+    assert all(value / values["validation/joint"][step] > 1 / math.log(2) for step, value in bits.items())
+    assert set(values["likelihood_draws/validation"].values()) == {1.0}
     events = EventAccumulator(str(folder / "log"))
     events.Reload()
     assert any("text/0/made" in tag for tag in events.Tags()["tensors"])
@@ -137,6 +143,7 @@ def test_validate_and_test_report_nats_per_token(trained, capsys):
         stage = "validation" if command == "validate" else "test"
         for label in ("text/conditional", "text/unconditional", "shout/conditional", "shout/unconditional", "joint"):
             assert f"{stage}/{label}" in printed
+            assert re.search(rf"^\| {label} \| \d\.\d{{4}} ± 0\.\d{{4}} \| [\d.]+ ± [\d.]+ \| byte \|$", printed, re.M)
 
 
 def test_uniform_and_mixed_noise_train_sample_and_come_back(tmp_path, capsys):

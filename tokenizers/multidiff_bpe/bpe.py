@@ -160,6 +160,10 @@ class BPETokenizer(ModalityTokenizer):
         """SHA-256 over the pieces and everything that determines how text is split and joined."""
         return self._pieces.fingerprint
 
+    def dimensions(self, codes: Codes) -> tuple[float, str]:
+        """Bytes of the text in UTF-8."""
+        return len(self._pieces.join(codes.ids_N.tolist()).encode()), "byte"
+
     def save(self, folder: Path) -> None:
         files.write_bytes(folder / FILE, self._pieces.content.encode())
 

@@ -133,6 +133,10 @@ class SoundTokenizer(ModalityTokenizer):
         stereo_CT = 0.3 * torch.stack([torch.sin(2 * torch.pi * pitch * short_T) for pitch in (220.0, 330.0)])
         return [Audio(rising_T[None], rate), Audio(stereo_CT, 44_100), Audio(torch.full((1, 8), 0.5), rate)]
 
+    def dimensions(self, codes: Codes) -> tuple[float, str]:
+        """Seconds, so that bits per second compare with the bit rate of the codec."""
+        return codes.size["frames"] * self.hop / self.sample_rate, "second"
+
     def to(self, device: torch.device | str) -> Self:
         """Move the model to `device`."""
         self.model.to(device)

@@ -204,6 +204,10 @@ class VQTokenizer(ModalityTokenizer):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def dimensions(self, codes: Codes) -> tuple[float, str]:
+        """Pixels times channels."""
+        return codes.size["height"] * codes.size["width"] * self.model.config["in_channels"], "dimension"
+
     def save(self, folder: Path) -> None:
         """Write a folder that diffusers can open, with the tokenizer's settings and the card of the weights."""
         write_model(self.model, folder)
