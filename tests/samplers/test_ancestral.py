@@ -179,7 +179,7 @@ def test_samplers_that_unmask_do_not_fit_uniform_noise():
     ({"guidance_schedule": "sometimes"}, "guidance_schedule 'sometimes' must be"),
     ({"canvas": {"frames": "many"}}, "canvas .* must be a table of whole numbers"),
     ({"order": "random"}, "no sampler setting is called 'order'"),
-    ({"temperatur": 1.0}, "did you mean 'temperature'"),
+    ({"temp": 1.0}, "did you mean 'temperature'"),
 ])  # fmt: skip
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=rf"samplers\.json, note: .*{message}"):
