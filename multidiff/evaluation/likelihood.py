@@ -10,9 +10,13 @@ is the mean over times t in [0, 1] that `multidiff.processes.Process` describes.
 document, and one t serves all its targets, so that the bound is that of all of them together. The draws of a document
 have a stratum of k or t each, and within it the documents are spread evenly.
 
-Of models whose attention has an order, see `multidiff.evaluation.ordered`.
+Models whose attention has an order are measured in it. With causal attention the negative log-likelihood is exact and
+takes one pass, -log p(x) = Σ_i -log p(x_i | x_<i). With attention by blocks it is at most the sum of the bounds of the
+blocks, each given clean blocks before it (Arriola et al. 2025, BD3-LM, arXiv 2503.09573, eq. 5); "counts" draws a k for
+each block. What stands behind a target does not condition it.
 
-Shape suffixes: P tokens of the batch, S segments, D documents, M codes with a loss.
+Shape suffixes: P tokens of the batch, S segments, D documents, M codes with a loss; L targets of a document, B its
+blocks that have any.
 """
 
 from __future__ import annotations
@@ -27,12 +31,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from multidiff.evaluation.ordered import ordered_nats
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.objectives.times import spread_uniform
 from multidiff.processes import Absorbing, Interpolating, LogLinear, Process
 from multidiff.seeding import generator_for, key_for, uniforms
 from multidiff.sequence import MASK, Example, Sequencer, SharedVocabulary, TokenBatch
+from multidiff.sequence.blocks import side_by_side
 
 Estimator = Literal["counts", "times"]
 JOINT = "joint"
@@ -124,31 +128,21 @@ def likelihood(
     nats_D = torch.zeros(batch.num_documents, dtype=torch.float64, device=device)
     if not bool(target_S.any()):
         return nats_D, tokens_D.to(device)
-    if not model.pattern.is_full:
-        number_P = model.pattern.numbers(batch) if documents.number_P is None else documents.number_P
-        for draw in range(1 if model.pattern.is_autoregressive else draws):
-            stratum = (draw, draws)
-            index_M, nats_M = ordered_nats(
-                model,
-                vocabulary,
-                batch,
-                target_S,
-                absent_S,
-                documents.numbers,
-                (documents.seed, mode),
-                stratum,
-                number_P,
-            )
-            segment_M = batch.segment_P[index_M]
-            nats_M = nats_M * counted_S[segment_M].to(device)
-            nats_D.index_add_(0, batch.document_S[segment_M].to(device), nats_M)
-        return nats_D, tokens_D.to(device)
     target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
+    pattern = model.pattern
+    number_P = None
+    if pattern.attention == "block_causal":
+        number_P = pattern.numbers(batch) if documents.number_P is None else documents.number_P
+    draws = 1 if pattern.is_autoregressive else draws
     spans = [span for _, _, span in vocabulary.flat_spans]
     if estimator == "times":  # the bound is that of every schedule which begins clean and ends in nothing but noise
         of_names = {name: _without_ends(process) for name, process in of_names.items()}
     for draw in range(draws):
-        if estimator == "counts":
+        if pattern.is_autoregressive:
+            noised = _clean(batch, target_P)
+        elif estimator == "counts" and number_P is not None:
+            noised = _mask_blocks(documents, target_P, number_P, mode, draw, draws)
+        elif estimator == "counts":
             noised = _mask_exactly(documents, target_P, mode, draw, draws)
         else:
             noised = _noise_at_times(documents, vocabulary, of_names, target_P, mode, draw, draws)
@@ -157,16 +151,26 @@ def likelihood(
         ids_M = noised.ids_P[index_M]
         tables = (torch.where(ids_M == MASK, edges_M2[:, 1], ids_M) - edges_M2[:, 0], noised.t_P[index_M])
         parts = zip(vocabulary.flat_spans, *(table.to(device).split(sizes) for table in tables), strict=True)
+        seen = (noised.ids_P.masked_fill(absent_P, MASK), noised.noise_P.masked_fill(absent_P, 1.0).float())
+        tokens = (seen[0], batch.positions_P3, batch.coords_P3, seen[1])
+        starts, blocks, read_M = batch.document_starts, None, index_M - int(pattern.is_autoregressive)
+        if number_P is not None:
+            copies = side_by_side(batch, number_P, noised.predicted_P)
+            clean = (batch.ids_P.masked_fill(absent_P, MASK), batch.positions_P3, batch.coords_P3, absent_P.float())
+            tokens = tuple(copies.take(*pair) for pair in zip(clean, tokens, strict=True))
+            starts, blocks, read_M = copies.starts, copies.blocks, copies.noisy_P[index_M]
+        ids_X, positions_X3, coords_X3, noise_X = (table.to(device) for table in tokens)
         with torch.no_grad():
             nats = model(
-                noised.ids_P.masked_fill(absent_P, MASK).to(device),
-                batch.positions_P3.to(device),
-                batch.document_starts,
-                list(zip(index_M.split(sizes), spans, strict=True)),
-                batch.coords_P3.to(device),
+                ids_X,
+                positions_X3,
+                starts,
+                list(zip(read_M.split(sizes), spans, strict=True)),
+                coords_X3,
                 targets=(batch.ids_P[index_M] - edges_M2[:, 0]).to(device),
                 losses=[partial(of_names[name].loss, noised_N, t_N) for (name, _, _), noised_N, t_N in parts],
-                noise_P=noised.noise_P.masked_fill(absent_P, 1.0).float().to(device),
+                noise_P=noise_X,
+                **({} if blocks is None else {"blocks": blocks}),
             )
         segment_M = batch.segment_P[index_M]
         weight_M = torch.where(counted_S[segment_M], noised.weight_P[index_M] / draws, 0.0)
@@ -248,6 +252,35 @@ def _mask_exactly(documents: EvaluationBatch, target_P: Tensor, mode: str, draw:
         k = 1 + int(_stratum(documents.seed, number, draw, draws) * length)
         masked_P[place_L[torch.randperm(length, generator=generator)[:k]]] = True
         weight_P[place_L] = length / k
+    noise_P = torch.where(target_P, 1 / weight_P, 0.0)
+    return _Noised(torch.where(masked_P, MASK, batch.ids_P), masked_P, weight_P, noise_P, noise_P)
+
+
+def _clean(batch: TokenBatch, target_P: Tensor) -> _Noised:
+    """No noise: every target is predicted, and counts once."""
+    zero_P = torch.zeros(len(target_P), dtype=torch.float64)
+    return _Noised(batch.ids_P, target_P, zero_P + 1, zero_P, zero_P)
+
+
+def _mask_blocks(
+    documents: EvaluationBatch, target_P: Tensor, number_P: Tensor, mode: str, draw: int, draws: int
+) -> _Noised:
+    """Mask k of the L target codes of each block, with the weight L/k. The k of a document are spread evenly."""
+    batch, seed = documents.batch, documents.seed
+    masked_P, weight_P = torch.zeros_like(target_P), torch.zeros(len(target_P), dtype=torch.float64)
+    edges = batch.document_starts.tolist()
+    for document, number in enumerate(documents.numbers):
+        place_L = torch.nonzero(target_P[edges[document] : edges[document + 1]]).flatten() + edges[document]
+        generator = generator_for(seed, "likelihood", mode, number, draw)
+        block_L, size_B = torch.unique_consecutive(number_P[place_L], return_inverse=True, return_counts=True)[1:]
+        place_B = torch.arange(len(size_B), dtype=torch.float64)
+        spread_B = (spread_uniform(seed, -1, number, 0) + place_B * (math.sqrt(5) - 1) / 2) % 1.0
+        count_B = 1 + ((draw + spread_B) / draws * size_B).floor()
+        order_L = torch.argsort(torch.rand(len(place_L), generator=generator, dtype=torch.float64))
+        order_L = order_L[torch.argsort(block_L[order_L], stable=True)]  # by block, at random within it
+        rank_L = torch.arange(len(place_L)) - (size_B.cumsum(0) - size_B)[block_L]
+        masked_P[place_L[order_L[rank_L < count_B[block_L]]]] = True
+        weight_P[place_L] = (size_B / count_B)[block_L]
     noise_P = torch.where(target_P, 1 / weight_P, 0.0)
     return _Noised(torch.where(masked_P, MASK, batch.ids_P), masked_P, weight_P, noise_P, noise_P)
 

@@ -124,7 +124,15 @@ class Passes:
         noise_P = torch.zeros(len(self.batch.ids_P))
         for run in runs:
             there_RN = run.sample_RN >= 0
-            noise_P[run.place_RN[there_RN]] = run.state.noise_R[:, None].expand_as(there_RN)[there_RN].float()
+            noise_RN = run.state.noise_R[:, None].expand_as(there_RN)
+            if not self._pattern.is_full:  # each block has its own: the share of its positions that are undecided
+                block_RN = run.state.block_RN.clamp_min(0)
+                none_RB = torch.zeros(len(block_RN), int(block_RN.max()) + 1)
+                open_RB, size_RB = (
+                    none_RB.scatter_add(1, block_RN, of_RN.float()) for of_RN in (run.state.undecided_RN, there_RN)
+                )
+                noise_RN = (open_RB / size_RB.clamp_min(1)).gather(1, block_RN)
+            noise_P[run.place_RN[there_RN]] = noise_RN[there_RN].float()
         return torch.cat([noise_P, *(noise_P.masked_fill(null_P, 1.0) for null_P in self._nulls.values())])
 
     def _order(self, active: Active) -> tuple[Tensor, Tensor]:

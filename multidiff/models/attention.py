@@ -170,6 +170,8 @@ def plan_attention(
     seen = keys if sight is None or not masked else _numbers_seen(sight, key_starts, query_starts)
     groups = [] if variable or flex else _group(tuple(zip(seen, queries, strict=True)), call)
     shared = prepares_shapes(device, dtype)
+    if masked and not shared:
+        groups = _views(groups, ((key_starts.tolist(), seen), (query_starts.tolist(), queries)), call)
     key_side, key_places, masks = _side(groups, key_starts, seen, key_rows, shared, device)
     query_side, query_places, _ = _side(groups, query_starts, queries, query_rows, shared, device)
     if sight is not None:
@@ -297,8 +299,7 @@ def _side(
         if shared:
             longest, most = shared_size(longest), shared_size(count)
         equal = min(lengths[i] for i in members) == longest
-        following = all(edges[b] == edges[a] + longest for a, b in pairwise(members))
-        in_place = equal and following and most == count and rows == edges[-1]
+        in_place = _follow(members, edges, lengths) and longest == lengths[last] and most == count and rows == edges[-1]
         ranges.append((edges[members[0]], edges[last] + longest) if in_place else None)
         members = [*members, *[last] * (most - count)]
         first_G = torch.tensor([edges[i] for i in members])[:, None]
@@ -328,6 +329,29 @@ def _side(
         sizes,
     )
     return side, places, masks
+
+
+def _follow(members: Sequence[int], edges: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether documents are of equal length and follow each other."""
+    return all(lengths[a] == lengths[b] and edges[b] == edges[a] + lengths[a] for a, b in pairwise(members))
+
+
+def _views(
+    groups: Sequence[tuple[int, ...]], sides: Sequence[tuple[Sequence[int], Sequence[int]]], call: int
+) -> Sequence[tuple[int, ...]]:
+    """The groups, those whose documents are scattered divided into single ones, where that costs less than to gather
+    all tokens. With a cache, few queries see many keys, and gathering these would be most of the work.
+
+    Args:
+        groups: the documents of each.
+        sides: starts and lengths of the documents, of keys and of queries.
+        call: cost of a call.
+    """
+    scattered = [group for group in groups if not all(_follow(group, *side) for side in sides)]
+    moved = _TOKEN * sum(len(group) * max(lengths[i] for i in group) for group in groups for _, lengths in sides)
+    if call * sum(len(group) - 1 for group in scattered) >= moved:
+        return groups
+    return sorted(part for group in groups for part in ([(i,) for i in group] if group in scattered else [group]))
 
 
 def _numbers_seen(sight: Sight, key_starts: Tensor, query_starts: Tensor) -> list[int]:

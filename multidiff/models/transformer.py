@@ -101,8 +101,8 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.pattern = AttentionPattern(attention, block_length)  # pyright: ignore[reportArgumentType]
-        if time_input and not self.pattern.is_full:
-            raise ValueError(f"time_input goes with attention 'full', not {attention!r}.")
+        if time_input and self.pattern.is_autoregressive:
+            raise ValueError("time_input tells of noise, and a model with attention 'causal' has none. Leave it out.")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
@@ -189,7 +189,8 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             One [N, stop - start] tensor of logits, or one [N] of losses in nats, for each of `logit_positions`.
 
         Raises:
-            ValueError: spans that overlap, or no blocks where attention is "block_causal".
+            ValueError: spans that overlap, no blocks where attention is "block_causal", or no noise where the
+                transformer has a time input.
         """
         device, compute = ids_P.device, self._compute_dtype(ids_P.device)
         starts = document_starts.tolist()

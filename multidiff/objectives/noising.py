@@ -2,7 +2,8 @@
 
 A model with causal attention gets clean tokens, and its loss is at the token before each target. One whose attention
 goes by blocks gets the clean and the noisy copy of each document, and its loss is in the noisy one
-(`multidiff.sequence.blocks`). Each block has a time of its own, as a segment has otherwise.
+(`multidiff.sequence.blocks`). Each block has a time of its own, as a segment has otherwise, and counts as a segment
+where the loss is normalised by segments.
 
 All of it happens on the CPU, where data are loaded. A training step on an accelerator gets tensors that are ready and
 waits for nothing.
@@ -26,9 +27,9 @@ from multidiff.objectives.objective import Objective
 from multidiff.objectives.tasks import Task, choose_task, fitting_tasks
 from multidiff.objectives.times import draw_time, times_of_blocks
 from multidiff.seeding import key_for, uniforms
-from multidiff.sequence import MASK, AttentionPattern, Blocks, Example, Segment, Sequencer, TokenBatch
+from multidiff.sequence import AttentionPattern, Blocks, Example, Segment, Sequencer, TokenBatch
 from multidiff.sequence.blocks import side_by_side
-from multidiff.sequence.vocabulary import SharedVocabulary, Span
+from multidiff.sequence.vocabulary import MASK, SharedVocabulary, Span
 
 
 class NoisedBatch:
@@ -174,11 +175,12 @@ class Noising:
             return numbers_P if twin_P is None else torch.where(twin_P, 1 - numbers_P, numbers_P)
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
-        ids_P, noise_P = torch.where(absent_P, MASK, batch.ids_P), absent_P.double()
+        ids_P = torch.where(absent_P, MASK, batch.ids_P)
+        predicted_P, noise_P = torch.zeros_like(target_P), absent_P.double()
+        weight_P = torch.zeros_like(noise_P)
         if self.pattern.is_autoregressive:
-            once_P = target_P.double()
-            return self._assemble(batch, ids_P, target_P, once_P, noise_P, 0 * noise_P, target_P, target_S, None)
-        predicted_P, weight_P = torch.zeros_like(target_P), torch.zeros_like(noise_P)
+            weight_P, t_P = torch.ones_like(weight_P), torch.zeros_like(weight_P)
+            return self._assemble(batch, ids_P, target_P, weight_P, noise_P, t_P, target_P, target_S, None)
         vocabulary = self.sequencer.vocabulary
         names = list(vocabulary.tokenizers)
         for process in dict.fromkeys(map(self.objective.process_of, names)):
@@ -257,16 +259,15 @@ class Noising:
         tokens_T.index_add_(0, batch.tokenizer_S[target_S], batch.divisor_S[target_S])
         edges_M2 = vocabulary.span_edges[batch.span_P[index_M]]
         noised_M = ids_P[index_M]
-        noised_M = torch.where(noised_M == MASK, edges_M2[:, 1], noised_M) - edges_M2[:, 0]
         read_M, starts, blocks = index_M, batch.document_starts, None
         positions_P3, coords_P3 = batch.positions_P3, batch.coords_P3
         if self.pattern.is_autoregressive:
             read_M = index_M - 1  # every code has a token before it, at least that which begins its segment
         elif number_P is not None:
             copies = side_by_side(batch, number_P, predicted_P)
-            ids_P = copies.ids(torch.where(target_P, batch.ids_P, ids_P), ids_P)
+            ids_P = copies.take(torch.where(target_P, batch.ids_P, ids_P), ids_P)
+            noise_P = copies.take(noise_P.masked_fill(target_P, 0.0), noise_P)
             positions_P3, coords_P3 = positions_P3[copies.index_X], coords_P3[copies.index_X]
-            noise_P = noise_P[copies.index_X]
             read_M, starts, blocks = copies.noisy_P[index_M], copies.starts, copies.blocks
         return NoisedBatch(
             ids_P=ids_P,
@@ -277,7 +278,7 @@ class Noising:
             index_M=read_M,
             sizes=sizes,
             targets_M=batch.ids_P[index_M] - edges_M2[:, 0],
-            noised_M=noised_M,
+            noised_M=torch.where(noised_M == MASK, edges_M2[:, 1], noised_M) - edges_M2[:, 0],
             t_M=t_P[index_M].float(),
             loss_weights_M=loss_weight_M.float(),
             bound_weights_M=bound_M.float(),

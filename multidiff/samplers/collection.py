@@ -42,8 +42,9 @@ class Samplers(Mapping[str, Sampler]):
         self._vocabulary, self._processes, self._pattern = vocabulary, processes or {}, pattern
         for name in self._processes:
             vocabulary.layout(name)
-        self._samplers = {name: default_sampler(self._processes.get(name)) for name in vocabulary.tokenizers}
-        for name, sampler in given.items():
+        self._samplers: dict[str, Sampler] = {}
+        usual = {name: default_sampler(self._processes.get(name)) for name in vocabulary.tokenizers}
+        for name, sampler in {**usual, **given}.items():
             self[name] = sampler
 
     def __setitem__(self, name: str, sampler: Sampler | Scheduler) -> None:

@@ -89,7 +89,8 @@ class MaskState(State):
                 if row_steps < len(row_sizes):
                     blocks = "the model's attention" if ends else f"block_length {parts.blocks.block_length!r}"
                     raise ValueError(
-                        f"num_inference_steps {row_steps} is less than the {len(row_sizes)} blocks of {blocks}"
+                        f"num_inference_steps {row_steps} is less than the {len(row_sizes)} blocks of {blocks}. "
+                        "Give at least as many, or leave it out."
                     )
             plans = [parts.unmasking.plan(*row) for row in zip(sizes, steps, strict=True)]
         longest = max(map(len, plans))

@@ -173,9 +173,10 @@ class Copies(NamedTuple):
     starts: Tensor
     noisy_P: Tensor
 
-    def ids(self, clean_P: Tensor, noisy_P: Tensor) -> Tensor:
-        """The ids of X, from those of the batch in either copy."""
-        return torch.where(self.blocks.noisy_P, noisy_P[self.index_X], clean_P[self.index_X])
+    def take(self, clean_P: Tensor, noisy_P: Tensor) -> Tensor:
+        """Values of X, from those of the tokens of the batch in either copy."""
+        noisy_X = self.blocks.noisy_P.view(-1, *[1] * (clean_P.dim() - 1))
+        return torch.where(noisy_X, noisy_P[self.index_X], clean_P[self.index_X])
 
 
 def side_by_side(batch: TokenBatch, number_P: Tensor, target_P: Tensor) -> Copies:

@@ -14,7 +14,7 @@ from multidiff.sequence import MASK, Blocks, Example, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.toys import Frames, Grid, generator
 
-MODULE = sys.modules["multidiff.evaluation.ordered"]
+MODULE = sys.modules["multidiff.evaluation.likelihood"]
 TOKENIZERS = {"a": Grid(3, 1, 3), "v": Frames((3,))}
 VOCABULARY = SharedVocabulary.of(TOKENIZERS)
 SEQUENCER = Sequencer(TOKENIZERS, VOCABULARY)
@@ -35,10 +35,10 @@ def document(picture, note):
     return [replace(part, ids_N=torch.tensor(ids)) for part, ids in zip(parts, (note, picture), strict=True)]
 
 
-def measured(model, documents, mode, seed=0, draws=1):
+def measured(model, documents, mode, seed=0, draws=1, **options):
     examples = [Example(one, -1, number, number) for number, one in enumerate(documents)]
     batch = EvaluationBatch.of(examples, sequencer=SEQUENCER, seed=seed)
-    nats_D, tokens_D = likelihood(model, VOCABULARY, batch, mode, draws)
+    nats_D, tokens_D = likelihood(model, VOCABULARY, batch, mode, draws, **options)
     assert (nats_D.dtype, tokens_D.dtype) == (torch.float64, torch.float64)
     return nats_D, tokens_D
 
@@ -123,7 +123,10 @@ def test_the_bound_by_blocks_is_the_mean_over_all_orders_of_each_block(monkeypat
                 def mask(*_, subset=subset, size=size):
                     masked_P = torch.zeros_like(batch.known_P)
                     masked_P[list(subset)] = True
-                    return masked_P, masked_P.double() * size / len(subset)
+                    noised_P = torch.where(masked_P, MASK, batch.ids_P)
+                    return MODULE._Noised(
+                        noised_P, masked_P, masked_P.double() * size / len(subset), *[0.0 * number_P] * 2
+                    )
 
                 monkeypatch.setattr(MODULE, "_mask_blocks", mask)
                 mean += float(measured(model, [one], mode)[0]) / len(subsets) / size
@@ -136,10 +139,12 @@ def test_every_block_has_a_uniform_number_of_masks_and_any_of_them():
     count = 3000
     batch = SEQUENCER.batch([document((2, 0, 1), (1, 3))] * count)
     number_P = transformer(attention="block_causal", block_length="segment").pattern.numbers(batch)
+    documents = EvaluationBatch(batch, range(count), [True] * count, seed=3)
     for draw in range(2):
-        masked_P, weight_P = MODULE._mask_blocks(
-            batch, number_P, batch.span_P >= 0, range(count), (3, "joint"), (draw, 2)
-        )
+        noised = MODULE._mask_blocks(documents, batch.span_P >= 0, number_P, "joint", draw, 2)
+        masked_P, weight_P = noised.predicted_P, noised.weight_P
+        assert torch.equal(noised.ids_P == MASK, masked_P)
+        torch.testing.assert_close(noised.noise_P, torch.where(batch.span_P >= 0, 1 / weight_P, 0.0))
         for block, size in ((0, 2), (1, 3)):
             inside_P = (batch.span_P >= 0) & (number_P == block)
             masked_DL = masked_P[inside_P].view(count, size)
@@ -149,7 +154,7 @@ def test_every_block_has_a_uniform_number_of_masks_and_any_of_them():
                 share = max(0.0, min(high, k) - max(low, k - 1)) / (high - low)
                 assert abs(int((k_D == k).sum()) / count - share) < 0.01
             weight_DL = weight_P[inside_P].view(count, size)
-            assert torch.equal(weight_DL, masked_DL / k_D[:, None].double() * size / 2)
+            assert torch.equal(weight_DL, (size / k_D[:, None].double()).expand(-1, size))
             counts = masked_DL[k_D == 1].sum(0).double()
             if len(counts) and float(counts.sum()):
                 assert float((counts - counts.mean()).square().sum() / counts.mean()) < 13.8
@@ -164,3 +169,14 @@ def test_draws_agree_and_a_document_counts_the_same_in_any_batch():
     other, _ = measured(model, documents[:1], "joint", seed=1, draws=20)
     assert float(other) == pytest.approx(float(alone), rel=0.3)
     assert math.isfinite(float(other))
+
+
+def test_times_and_counts_bound_the_same():
+    """Within 4 standard errors of independent documents."""
+    model, count = transformer(attention="block_causal", block_length=2), 400
+    documents = [document((2, 0, 1), (1, 3))] * count
+    counts, _ = measured(model, documents, "joint", draws=4)
+    times, _ = measured(model, documents, "joint", draws=4, estimator="times")
+    error = math.sqrt((float(counts.var()) + float(times.var())) / count)
+    assert abs(float(counts.mean() - times.mean())) < 4 * error
+    assert error < 0.05 * float(counts.mean())

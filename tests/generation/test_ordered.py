@@ -6,6 +6,7 @@ from diffusers import AmusedScheduler
 
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary
 from multidiff.generation.editing import extend
+from multidiff.processes import Uniform
 from multidiff.sequence import MASK, Blocks
 from tests.helpers.pipelines import batch_of, items
 from tests.helpers.toys import Frames, Grid, generator
@@ -33,9 +34,9 @@ SETTINGS = {
 }
 
 
-def make(pattern, settings=None, layers=3, dtype=torch.float64):
+def make(pattern, settings=None, dtype=torch.float64, **options):
     vocabulary = SharedVocabulary.of(TOKENIZERS)
-    sizes = {"hidden_size": 32, "num_layers": layers, "num_heads": 2}
+    sizes = {"hidden_size": 32, "num_layers": 3, "num_heads": 2, **options}
     model = MaskedDiffusionTransformer(vocabulary.rows, **sizes, **PATTERNS[pattern])
     model.initialize(generator())
     for weight in model.parameters():
@@ -70,6 +71,27 @@ def test_samples_with_the_exact_cache_are_those_without(pattern, name):
         alone = drawn(make(pattern, SETTINGS[name]), [document], [number])
         assert items(alone.documents) == items(plain.documents)[number : number + 1]
         assert alone.nfe == plain.nfe[number : number + 1]
+
+
+def test_a_time_input_tells_of_each_block():
+    """Decided blocks are clean, and of a block that is being decided the share of undecided positions is noise."""
+    settings = {"unmasking": "linear", "guidance_scale": 2.0}
+    pipe, seen = make("blocks of 3", {**settings, "cache": "none"}, time_input=True), []
+    document = [Given("note", [1, 2]), Blank("picture")]  # <bos>, 5 tokens of the note, <picture>, 6 codes, the end
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, options: seen.append(options["noise_P"].view(2, -1).tolist()), with_kwargs=True
+    )
+    plain = drawn(pipe, [document])
+    same(drawn(make("blocks of 3", settings, time_input=True), [document]), plain)
+    null = [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    for step, (condition, hidden) in enumerate(seen):
+        block, done = divmod(step, 3)
+        codes = [0.0] * 3 * block + [(3 - done) / 3] * 3 + [0.0] * block  # the end is in the last block
+        assert condition == pytest.approx([0.0] * 7 + codes)
+        assert hidden == pytest.approx([*null, 0.0, *codes])
+    assert len(seen) == 6
+    with pytest.raises(ValueError, match="time_input tells of noise, and a model with attention 'causal' has none"):
+        make("causal", time_input=True)
 
 
 @pytest.mark.parametrize("pattern", ["causal", "blocks of 4"])
@@ -226,3 +248,10 @@ def test_schedulers_of_diffusers_know_no_blocks():
     pipe.samplers["picture"] = MaskSampler(block_length=4)
     with pytest.raises(ValueError, match="num_inference_steps 1 is less than the 2 blocks of the model's attention"):
         drawn(pipe, [[Blank("picture")]], num_inference_steps=1)
+
+
+def test_processes_without_masks_know_no_blocks():
+    vocabulary = SharedVocabulary.of(TOKENIZERS)
+    model = make("blocks of 4").transformer
+    with pytest.raises(ValueError, match=r"sampler of 'note', AncestralSampler, .* takes no block_RN"):
+        MultiDiffPipeline(model, vocabulary, TOKENIZERS, processes={"note": Uniform()})

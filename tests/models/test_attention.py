@@ -289,6 +289,21 @@ def test_keys_that_no_query_sees_are_left_out():
     assert (plan.documents, plan.keys.lengths) == ([2], [2 * 3])  # of 2 and 3 keys, as a group
 
 
+@pytest.mark.parametrize(("count", "documents"), [(400, [1, 1, 1, 1]), (40, [4])])
+def test_scattered_documents_part_where_gathering_costs_more(count, documents):
+    """Four documents, each with a query in the middle: the keys that are seen do not follow each other."""
+    keys, queries = [count] * 4, [1] * 4
+    blocks = Blocks.clean(torch.arange(count).repeat(4))
+    place_Q = torch.arange(4) * count + count // 2
+    made, _, _ = tensors(keys, queries)
+    plan = plan_attention(keys, queries, CPU, torch.float64, sight=Sight(blocks, place_Q, causal=False))
+    assert plan.documents == documents
+    assert (plan.keys.rows is None) == (len(documents) > 1)
+    assert plan.masks == [None] * len(documents)
+    theirs = dense_under(visible(blocks, place_Q, keys), *made)
+    torch.testing.assert_close(attend(*made, plan), theirs, rtol=0, atol=1e-12)
+
+
 def test_one_mask_serves_documents_of_the_same_blocks(costs):
     costs("together")
     plan = check_pattern([([0, 0, 1, 0], 255, True)] * 3, causal=False, whole=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from multidiff.objectives import Noising, Objective, Task
 from multidiff.objectives.times import SMALLEST, draw_time, times_of_blocks
-from multidiff.processes import Absorbing, Cosine, LogLinear
+from multidiff.processes import Absorbing, Cosine, Hybrid, LogLinear, Uniform
 from multidiff.sequence import MASK, AttentionPattern, Example, SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.toys import Frames, Grid
@@ -176,3 +176,46 @@ def test_settings_of_noise_are_refused_for_clean_training():
     for setting in ({"times": (0.1, 1.0)}, {"process": Absorbing(Cosine())}, {"weighting": "clipped"}):
         with pytest.raises(ValueError, match=f"The objective's {next(iter(setting))} has no meaning"):
             Objective(**setting).check_pattern(CAUSAL, VOCABULARY)
+
+
+def test_blocks_need_noise_that_ends_in_masks():
+    Objective(process=Hybrid()).check_pattern(BY_FOUR, VOCABULARY)
+    with pytest.raises(
+        ValueError, match="A model of block_causal attention with block_length 4 begins with masks, but"
+    ):
+        Objective(processes={"a": Uniform()}).check_pattern(BY_FOUR, VOCABULARY)
+
+
+def test_complementary_twins_predict_every_code_of_a_block_once():
+    made = noising(BY_FOUR, {"roles": {"b": "target"}}, complementary=True, times=(SMALLEST, 1 - SMALLEST))(
+        examples_of([document(("a", BITS), ("b", BITS))] * 20)
+    )
+    assert made.num_documents == 20
+    document_M = torch.searchsorted(made.document_starts.long(), made.index_M, right=True) - 1
+    places = made.positions_P3[made.index_M, 2]
+    for pair in range(20):
+        assert sorted(places[document_M // 2 == pair].tolist()) == list(range(12, 20))
+
+
+def test_noise_is_that_of_the_copy():
+    """0 in the clean copy, the schedule's in the noisy one, and 1 where a segment is absent in either."""
+    task = {"roles": {"a": "absent", "v": "given", "b": "target"}}
+    made = noising(BY_SEGMENT, task, process=Absorbing(Cosine()))(
+        examples_of([document(("a", BITS), ("b", BITS), ("v", [1, 1]))])
+    )
+    code_P, noisy_P = made.coords_P3[:, 0] >= 0, made.blocks.noisy_P
+    assert made.noise_P[~code_P].tolist() == [0.0] * int((~code_P).sum())
+    assert made.noise_P[code_P & ~noisy_P].tolist() == [1.0] * 8
+    noise = Absorbing(Cosine()).noise(made.t_M[:1].double())
+    torch.testing.assert_close(made.noise_P[code_P & noisy_P], noise.float().expand(8))
+
+
+def test_uniform_noise_goes_by_blocks_too():
+    documents = [document(("a", BITS), ("b", BITS))] * 9
+    made = noising(BY_FOUR, {"roles": {"b": "target"}}, process=Uniform())(examples_of(documents))
+    code_P, noisy_P = made.coords_P3[:, 0] >= 0, made.blocks.noisy_P
+    (a, _), (b, _) = VOCABULARY.spans["a"][0], VOCABULARY.spans["b"][0]
+    assert made.ids_P[code_P & ~noisy_P].tolist() == [*(a + bit for bit in BITS), *(b + bit for bit in BITS[:4])] * 9
+    assert sorted(made.index_M.tolist()) == torch.nonzero(code_P & noisy_P).flatten().tolist()
+    assert made.ids_P[made.index_M].tolist() != (made.targets_M + b).tolist()
+    assert set(made.ids_P[made.index_M].tolist()) == {b, b + 1}
