@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multidiff import Audio, Codes, ModalityTokenizer, MultiDiffPipeline, evaluation, plugins
 from multidiff.data.folder import SPLITS, file_states, read_metadata
+from multidiff.data.length import LongDocuments
 from multidiff_encodec.mel import MelLoss
 from multidiff_sound import SoundTokenizer
 from multidiff_sound.sound import to_mono
@@ -80,8 +81,9 @@ def tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
 def likelihood(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the bound on the likelihood in every mode, print a table, and return the numbers by mode."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = MultiDiffPipeline.from_pretrained(arguments.model, device=device)
     estimates, documents = evaluation.measure_folder(
-        MultiDiffPipeline.from_pretrained(arguments.model, device=device),
+        pipe,
         arguments.data,
         arguments.split,
         draws=arguments.draws,
@@ -90,9 +92,11 @@ def likelihood(arguments: argparse.Namespace) -> dict[str, Any]:
         batch_size=arguments.batch,
         seed=arguments.seed,
         estimator=arguments.estimator,
+        max_seq_length=arguments.max_seq_length,
+        long_documents=arguments.long_documents,
     )
     print(f"{documents} documents of split {arguments.split!r}\n")
-    print(evaluation.bounds_table(estimates, arguments.draws))
+    print(evaluation.bounds_table(estimates, arguments.draws, pipe.transformer.pattern.is_autoregressive))
     found: dict[str, Any] = {"documents": documents, "draws": arguments.draws}
     for one in estimates:
         found[one.mode] = {"nats per token": one.nats, "standard error": one.nats_error}
@@ -276,6 +280,9 @@ def main() -> None:
     one.add_argument("--data", type=Path, required=True, help="Data folder.")
     one.add_argument("--split", default="test", choices=SPLITS, help="Split (default: test).")
     one.add_argument("--draws", type=int, default=4, help="Number of masks drawn for each document (default: 4).")
+    one.add_argument("--max-seq-length", type=int, help="That of the training (default: no limit).")
+    help_ = "What longer documents do, as in training (default: raise)."
+    one.add_argument("--long-documents", choices=get_args(LongDocuments), default="raise", help=help_)
     help_ = "Draw numbers of masks (counts) or times (default: counts where all noise is absorbing)."
     one.add_argument("--estimator", choices=("counts", "times"), help=help_)
     one.add_argument("--num-samples", type=int, default=1000, help="Maximum number of documents (default: 1000).")

@@ -119,7 +119,9 @@ def measure(
     pipeline.set_progress_bar_config(disable=True)
     rates: dict[str, dict[str, SolveRate]] = {}
     reading = "left_to_right" if bool(tokenizer.canvas().coords_N3[:, 0].any()) else "row_scan"
-    is_causal = pipeline.transformer.config["attention"] == "causal"
+    is_causal = pipeline.transformer.pattern.is_autoregressive
+    if is_causal and orders and list(orders) != [reading]:
+        raise ValueError(f"An autoregressive model decides its answers in the order {reading}. Leave --orders out.")
     for order in orders or ([reading] if is_causal else ["confidence", "margin", reading, "random"]):
         answers = answer_all(pipeline, name, questions, size, order, seed, batch)
         solved = [family.solves(*pair) for pair in zip(questions, answers, strict=True)]

@@ -37,15 +37,16 @@ def generate_card(parts: ModelParts) -> bytes:
         for name, layout in parts.vocabulary.tokenizers.items()
     )
     code, imports = _example(parts)
+    kind = "autoregressive" if parts.transformer.pattern.is_autoregressive else "masked diffusion"
     parameters = sum(weight.numel() for weight in parts.transformer.parameters())
     return f"""---
 library_name: multidiff
-tags: [masked-diffusion, multimodal]
+tags: [{kind.replace(" ", "-")}, multimodal]
 ---
 
 # A multidiff model
 
-A masked diffusion transformer with {parameters:,} parameters. It was trained with these tokenizers:
+Its {kind} transformer has {parameters:,} parameters. It was trained with these tokenizers:
 
 | name | modality | plugin | codebook sizes |
 |---|---|---|---|

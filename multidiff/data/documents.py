@@ -14,11 +14,28 @@ from multidiff.data.length import Selection
 from multidiff.seeding import key_for, uniforms
 from multidiff.sequence import Example, Segment, Sequencer
 from multidiff.sequence.seen import most_units
-from multidiff.tokenizer import Codes
+from multidiff.tokenizer import Codes, ModalityTokenizer
 
 _NUMBERS = 3  # of a segment: two for its padding, one for its place
 _MOST_KEPT = 512  # canvases
 _USUAL = 0.5  # of the canvases have the usual size, where the item fits it
+
+
+def check_eos_padding(max_eos_padding: Mapping[str, int], tokenizers: Mapping[str, ModalityTokenizer]) -> None:
+    """Refuse EOS padding of tokenizers that do not exist or need none, and numbers that are none.
+
+    Raises:
+        ValueError: it names the tokenizer.
+    """
+    if not isinstance(max_eos_padding, Mapping):
+        raise ValueError(f"max_eos_padding must be a table of tokenizers and numbers, not {max_eos_padding!r}.")
+    for name, units in max_eos_padding.items():
+        if name not in tokenizers:
+            raise ValueError(f"max_eos_padding {name}: no tokenizer has this name. There are {', '.join(tokenizers)}.")
+        if not isinstance(units, int) or units < 1:
+            raise ValueError(f"max_eos_padding {name}: {units} must be at least 1")
+        if not tokenizers[name].variable_length:
+            raise ValueError(f"max_eos_padding {name}: its length never varies, so it needs no EOS")
 
 
 class Documents(torch.utils.data.Dataset):

@@ -16,7 +16,7 @@ from multidiff import plugins
 from multidiff.data import tokenized
 from multidiff.data.batches import DocumentBatches, DocumentKey
 from multidiff.data.counts import Counts, count
-from multidiff.data.documents import Documents
+from multidiff.data.documents import Documents, check_eos_padding
 from multidiff.data.folder import SPLITS
 from multidiff.data.length import LongDocuments, Selection, select
 from multidiff.seeding import generator_for
@@ -113,13 +113,6 @@ class DocumentDataModule(BatchedData):
             raise ValueError(f"max_seq_length {max_seq_length} must be at least 1, or null for no limit")
         if long_documents not in get_args(LongDocuments):
             raise ValueError(f"long_documents {long_documents!r} is none of {', '.join(get_args(LongDocuments))}")
-        for name, units in (max_eos_padding or {}).items():
-            if name not in tokenizers:
-                raise ValueError(
-                    f"max_eos_padding {name}: no tokenizer has this name. There are {', '.join(tokenizers)}."
-                )
-            if units < 1:
-                raise ValueError(f"max_eos_padding {name}: {units} must be at least 1")
         self.folder = Path(folder)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.max_eos_padding, self.shuffle_segments = max_eos_padding or {}, shuffle_segments
@@ -128,9 +121,7 @@ class DocumentDataModule(BatchedData):
         self.max_seq_length = max_seq_length
         self.long_documents: LongDocuments = long_documents
         self.tokenizers = plugins.build(tokenizers)
-        for name in self.max_eos_padding:
-            if not self.tokenizers[name].variable_length:
-                raise ValueError(f"max_eos_padding {name}: its length never varies, so it needs no EOS")
+        check_eos_padding(self.max_eos_padding, self.tokenizers)
         self.vocabulary = SharedVocabulary.of(self.tokenizers)
         self.sequencer = Sequencer(self.tokenizers, self.vocabulary)
         self.collate: Collate = list

@@ -18,14 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from multidiff.data.batches import DocumentKey
-from multidiff.data.documents import Documents
-from multidiff.data.length import select
+from multidiff.data.documents import Documents, check_eos_padding
+from multidiff.data.length import LongDocuments, select
 from multidiff.data.module import EVALUATION
 from multidiff.data.tokenized import open_split, shards
 from multidiff.evaluation.likelihood import JOINT, BoundSums, Estimator, EvaluationBatch, likelihood, modes
@@ -83,16 +83,19 @@ class Bounds:
             self._dimensions[mode].add(nats_D, dimensions_D.where(tokens_D > 0, 0.0))
             self._units[mode] |= units
 
-    def estimates(self, reduce: Callable[[Tensor], Tensor] = torch.clone) -> list[Estimate]:
+    def estimates(
+        self, reduce: Callable[[Tensor], Tensor] = torch.clone, gather: Callable[[Any], list[Any]] = lambda one: [one]
+    ) -> list[Estimate]:
         """The bounds of the modes of which something was measured.
 
         Args:
             reduce: adds a tensor over processes. Each calls it as often as every other, whatever its documents held.
+            gather: lists an object of each process.
         """
-        found = []
+        found, of_processes = [], gather(self._units)
         for mode, sums in self._tokens.items():
             nats, bits = (BoundSums(reduce(one.sums)).estimate() for one in (sums, self._dimensions[mode]))
-            units = self._units[mode]
+            units = set().union(*(of_process[mode] for of_process in of_processes))
             unit = next(iter(units)) if len(units) == 1 else None
             if nats is not None:
                 in_bits = [value / math.log(2) for value in bits] if unit and bits else [math.nan, math.nan]
@@ -100,13 +103,17 @@ class Bounds:
         return found
 
 
-def bounds_table(estimates: Iterable[Estimate], draws: int) -> str:
+def bounds_table(estimates: Iterable[Estimate], draws: int, exact: bool = False) -> str:
     """The bounds as a table of Markdown, with what they are about.
 
     Args:
         estimates: of `Bounds.estimates`.
         draws: of each document.
+        exact: whether the likelihood is exact, as with causal attention; then there are no draws.
     """
+    what = "Negative log-likelihoods of codes, ± a standard error."
+    if not exact:
+        what = f"Upper bounds on the negative log-likelihood of codes, ± a standard error; draws a document: {draws}."
     rows = ["| mode | nats per token | bits | per |", "|---|---|---|---|"]
     for one in estimates:
         bits = f"{one.bits:.4g} ± {one.bits_error:.2g} | {one.unit}" if one.unit else "|"
@@ -114,7 +121,7 @@ def bounds_table(estimates: Iterable[Estimate], draws: int) -> str:
     return "\n".join(
         [
             *rows,
-            f"Upper bounds on the negative log-likelihood of codes, ± a standard error; draws a document: {draws}.",
+            what,
             "Where a tokenizer loses something of its items, bits say nothing about pixels or samples.",
         ]
     )
@@ -131,6 +138,8 @@ def measure_folder(
     batch_size: int = 64,
     seed: int = 0,
     estimator: Estimator | None = None,
+    max_seq_length: int | None = None,
+    long_documents: LongDocuments = "raise",
 ) -> tuple[list[Estimate], int]:
     """The bounds of a model on a split of a data folder, as `multidiff test` measures them with the same seed.
 
@@ -144,7 +153,8 @@ def measure_folder(
             does without it.
         batch_size: documents of a forward pass.
         seed: of canvases and masks.
-        estimator: as of `likelihood`.
+        estimator: as in `likelihood`.
+        max_seq_length, long_documents: as in `DocumentDataModule`; give those of the training.
 
     Returns:
         the bounds, and the number of documents.
@@ -155,9 +165,10 @@ def measure_folder(
     for name, value in (("draws", draws), ("max_documents", max_documents), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}.")
+    check_eos_padding(max_eos_padding or {}, pipe.tokenizers)
     place = shards(folder, pipe.tokenizers, pipe.vocabulary)
     rows = open_split(place, split)
-    selection = select(rows, split, pipe.tokenizers, None, "raise", folder / "metadata.jsonl")
+    selection = select(rows, split, pipe.tokenizers, max_seq_length, long_documents, folder / "metadata.jsonl")
     canvas = pipe.seen.canvas if pipe.seen else {}
     usual = {name: next(iter(size.values())) for name, size in canvas.items()}
     documents = Documents(rows, selection, pipe.sequencer, usual, max_eos_padding or {}, seed, shuffled=False)

@@ -30,7 +30,7 @@ from multidiff.generation import Blank, Given, Masked, MultiDiffPipeline
 from multidiff.generation.pipeline import evaluating
 from multidiff.generation.requests import check_nesting, make_segments
 from multidiff.seeding import key_for
-from multidiff.sequence import MASK, TokenBatch
+from multidiff.sequence import TokenBatch
 
 
 class Target:
@@ -105,7 +105,8 @@ def log_likelihood(
         documents: lists of `Target`, `Given`, `Blank` and `Masked` segments.
         draws: masks drawn of each document for one replicate, each with a number of masked codes from a stratum of its
             own. With as many draws as codes, every number is met once.
-        replicates: independent estimates, whose mean is returned and whose spread gives the standard error.
+        replicates: independent estimates, whose mean is returned and whose spread gives the standard error. Those of a
+            model with causal attention are all the same, because its likelihood is exact, and computed once.
         groups: a number for each document. Documents of one number have the same random numbers and, where no size is
             given, canvases of one size, so that they may be compared. None gives each document its own.
         batch_size: documents of a forward pass.
@@ -197,13 +198,15 @@ def _replicates(
             some = slice(start, start + batch_size)
             blank_S = torch.tensor([isinstance(part, Blank) for document in requests[some] for part in document])
             whole = pipe.sequencer.batch(segments[some])
-            targets, number_P = _only_targets(whole, blank_S), pipe.transformer.pattern.numbers(whole)
+            blank_P, number_P = whole.spread(blank_S, False), pipe.transformer.pattern.numbers(whole)
+            targets = _only_targets(whole, blank_P)
             counts = [True] * targets.num_documents
             found = []
-            for replicate in range(replicates):
+            for replicate in range(1 if pipe.transformer.pattern.is_autoregressive else replicates):
                 key = key_for(seed, "replicate", replicate)
-                masked = EvaluationBatch(targets, groups[some], counts, key, number_P=number_P)
+                masked = EvaluationBatch(targets, groups[some], counts, key, number_P=number_P, absent_P=blank_P)
                 found.append(likelihood(pipe.transformer, pipe.vocabulary, masked, JOINT, draws, pipe.processes))
+            found *= replicates // len(found)
             nats.append(torch.stack([-nats_D.cpu() for nats_D, _ in found]))
             tokens.append(found[0][1].cpu())
     return torch.cat(nats, 1), torch.cat(tokens)
@@ -254,16 +257,14 @@ def _more(pipe: MultiDiffPipeline, part: Target, size: dict[str, int], compared:
     return units - length
 
 
-def _only_targets(batch: TokenBatch, blank_S: Tensor) -> TokenBatch:
+def _only_targets(batch: TokenBatch, blank_P: Tensor) -> TokenBatch:
     """The same tokens, with the unknown codes of segments that are not blank as the only segments. What is given then
-    counts as little as structure, and a blank is masked."""
-    blank_P = batch.spread(blank_S, False)
+    counts as little as structure."""
     place_M = torch.nonzero(~batch.known_P & ~blank_P).flatten()
     kept_S, part_M = batch.segment_P[place_M].unique(return_inverse=True)
     content_M = place_M - batch.start_S[batch.segment_P[place_M]] < batch.divisor_S[batch.segment_P[place_M]]
     return replace(
         batch,
-        ids_P=torch.where(blank_P, MASK, batch.ids_P),
         segment_P=torch.full_like(batch.segment_P, -1).index_copy(0, place_M, part_M),
         start_S=batch.start_S[kept_S],
         length_S=torch.bincount(part_M, minlength=len(kept_S)),

@@ -19,7 +19,7 @@ import torch
 
 from multidiff.evaluation.conditional import Target, log_likelihood, room
 from multidiff.generation import Blank, Filled, Given, Masked, MultiDiffPipeline
-from multidiff.samplers import MaskSampler
+from multidiff.samplers import AncestralSampler, MaskSampler, Sampler
 from multidiff.seeding import generator_for, key_for
 from multidiff.tokenizer import Codes
 
@@ -32,6 +32,7 @@ except ImportError as error:
 Layout = Literal["text", "segments"]
 _BATCH = 64
 _GROUPS = 2**20  # numbers of random streams; their positions in a Kronecker sequence must be exact in float64
+_DRAW = ("top_k", "top_p", "typical_p", "draw")
 
 
 @register_model("multidiff")
@@ -80,9 +81,12 @@ class MultiDiffLM(LM):
             known = ", ".join(pretrained.vocabulary.tokenizers)
             raise ValueError(f"This model has no tokenizer for text. Its tokenizers are {known}.")
         self.name = tokenizer or names[0]
+        if pretrained.vocabulary.layout(self.name).modality != "text":
+            raise ValueError(f"The tokenizer {self.name!r} is not one for text, which are {', '.join(names)}.")
         self._unit = next(iter(pretrained.sequencer.canvas(self.name, {}).size))
         self.layout, self.draws, self.canvas, self.seed = layout, int(draws), canvas, seed
-        self.batch_size = _BATCH if batch_size in (None, "auto") else int(batch_size)
+        self.batch_size = _BATCH if str(batch_size).startswith(("None", "auto")) else int(str(batch_size))
+        self._sampler(0.0)  # a setting that does not fit is refused before anything is measured
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """log p(continuation | context) and whether greedy decoding gives the continuation, of each request.
@@ -203,8 +207,7 @@ class MultiDiffLM(LM):
             else:
                 documents.append([*self._given(context), Blank(self.name, **{self._unit: size})])
         saved = self.pipe.samplers[self.name]
-        settings = saved.settings if isinstance(saved, MaskSampler) else {}
-        self.pipe.samplers[self.name] = MaskSampler.from_settings({**settings, "temperature": temperature}, self.name)
+        self.pipe.samplers[self.name] = self._sampler(temperature)
         filled = []
         try:
             for start in range(0, len(documents), self.batch_size):
@@ -214,6 +217,18 @@ class MultiDiffLM(LM):
         finally:
             self.pipe.samplers[self.name] = saved
         return filled
+
+    def _sampler(self, temperature: float) -> Sampler:
+        """The model's sampler at another temperature; at 0 without what goes with a draw."""
+        saved = self.pipe.samplers[self.name]
+        if isinstance(saved, AncestralSampler):
+            return AncestralSampler(saved.process, **{**saved.settings, "temperature": temperature})
+        settings = saved.settings if isinstance(saved, MaskSampler) else {}
+        if temperature == 0:
+            settings = {key: value for key, value in settings.items() if key not in _DRAW}
+        if not self.pipe.transformer.pattern.is_full:  # canvases differ in their number of blocks
+            settings.pop("num_inference_steps", None)
+        return MaskSampler.from_settings({**settings, "temperature": temperature}, self.name)
 
 
 if __name__ == "__main__":

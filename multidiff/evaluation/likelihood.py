@@ -13,7 +13,8 @@ have a stratum of k or t each, and within it the documents are spread evenly.
 Models whose attention has an order are measured in it. With causal attention the negative log-likelihood is exact and
 takes one pass, -log p(x) = Σ_i -log p(x_i | x_<i). With attention by blocks it is at most the sum of the bounds of the
 blocks, each given clean blocks before it (Arriola et al. 2025, BD3-LM, arXiv 2503.09573, eq. 5); "counts" draws a k for
-each block. What stands behind a target does not condition it.
+each block. What comes after a target does not condition it, and padding EOS are not measured, because generation ends
+at the first EOS.
 
 Shape suffixes: P tokens of the batch, S segments, D documents, M codes with a loss; L targets of a document, B its
 blocks that have any.
@@ -60,6 +61,7 @@ class EvaluationBatch:
         seed: of all random numbers.
         dimensions: of the item of each segment, as `ModalityTokenizer.dimensions` gives them.
         number_P: the block of each token, where the segments of the batch do not tell it.
+        absent_P: bool, tokens that are masked and not measured, beside those that the mode makes absent.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class EvaluationBatch:
         seed: int,
         dimensions: Sequence[tuple[float, str] | None] = (),
         number_P: Tensor | None = None,
+        absent_P: Tensor | None = None,
     ):
         self.batch, self.numbers, self.counts, self.seed = batch, numbers, counts, seed
         self.dimensions, self.number_P = dimensions, number_P
+        self.absent_P = torch.zeros_like(batch.known_P) if absent_P is None else absent_P
 
     @classmethod
     def of(cls, examples: Sequence[Example], *, sequencer: Sequencer, seed: int) -> EvaluationBatch:
@@ -109,7 +113,7 @@ def likelihood(
         draws: of each document, whose mean its nats are.
         processes: of each tokenizer; absorbing where not named.
         estimator: "counts" draws the number of masks, "times" the time; None takes "counts" where all noise is
-            absorbing. Models whose attention has an order have an estimator of their own.
+            absorbing. Causal attention needs neither.
 
     Raises:
         ValueError: numbers of masks for a process that has other noise.
@@ -128,11 +132,13 @@ def likelihood(
     nats_D = torch.zeros(batch.num_documents, dtype=torch.float64, device=device)
     if not bool(target_S.any()):
         return nats_D, tokens_D.to(device)
-    target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
+    target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False) | documents.absent_P
     pattern = model.pattern
     number_P = None
     if pattern.attention == "block_causal":
         number_P = pattern.numbers(batch) if documents.number_P is None else documents.number_P
+    if not pattern.is_full:
+        target_P &= _before_the_end(batch, number_P)
     draws = 1 if pattern.is_autoregressive else draws
     spans = [span for _, _, span in vocabulary.flat_spans]
     if estimator == "times":  # the bound is that of every schedule which begins clean and ends in nothing but noise
@@ -254,6 +260,20 @@ def _mask_exactly(documents: EvaluationBatch, target_P: Tensor, mode: str, draw:
         weight_P[place_L] = length / k
     noise_P = torch.where(target_P, 1 / weight_P, 0.0)
     return _Noised(torch.where(masked_P, MASK, batch.ids_P), masked_P, weight_P, noise_P, noise_P)
+
+
+def _before_the_end(batch: TokenBatch, number_P: Tensor | None) -> Tensor:
+    """bool: the codes of each segment up to its first EOS, or up to the end of the block that holds it. A sampler that
+    decides in order ends there, so the rest of a canvas is no part of what it draws."""
+    code_M = torch.nonzero(batch.segment_P >= 0).flatten()
+    segment_M = batch.segment_P[code_M]
+    rank_M = torch.arange(len(code_M)) - torch.searchsorted(segment_M, segment_M)
+    inside_M = rank_M < batch.divisor_S[segment_M]
+    if number_P is not None:
+        last_S = torch.full_like(batch.length_S, -1)
+        last_S.scatter_reduce_(0, segment_M[inside_M], number_P[code_M][inside_M], "amax")
+        inside_M = number_P[code_M] <= last_S[segment_M]
+    return torch.zeros_like(batch.known_P).index_fill(0, code_M[inside_M], True)
 
 
 def _clean(batch: TokenBatch, target_P: Tensor) -> _Noised:

@@ -79,6 +79,10 @@ def check_fit(name: str, sampler: Sampler, process: Process | None, pattern: Att
         ValueError: it names the tokenizer.
     """
     process = process or Absorbing()
+    if not (pattern.is_full or process.starts_masked):
+        raise ValueError(
+            f"A model of {pattern} begins with masks, but the process of {name!r}, {type(process).__name__}, has none."
+        )
     _check_pattern(name, sampler, pattern)
     if isinstance(sampler, AncestralSampler):
         if type(process) is type(sampler.process) is Absorbing or process == sampler.process:

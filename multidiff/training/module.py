@@ -83,13 +83,13 @@ class MaskedDiffusionModule(LightningModule):
             "processes": {name: to_settings(process) for name, process in self.processes.items()},
         }
         pattern = self.transformer.pattern
+        objective.check_pattern(pattern, self.vocabulary)
         self.samplers = load_samplers(samplers or {}, self.vocabulary, self.processes, pattern, "model.samplers")
         self.tasks = [Task.of(task) for task in tasks or [{"roles": {OTHERS: "target"}}]]
         self._labels = list(self.vocabulary.tokenizers)
         self._labels += dict.fromkeys(
             label for task in self.tasks for label in task.roles if label not in (OTHERS, *self._labels)
         )
-        objective.check_pattern(pattern, self.vocabulary)
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.likelihood_draws = likelihood_draws
@@ -197,7 +197,10 @@ class MaskedDiffusionModule(LightningModule):
 
     def _log_bounds(self, stage: str) -> None:
         values = {f"likelihood_draws/{stage}": float(self.likelihood_draws)}
-        estimates = self._bounds.estimates(partial(self.trainer.strategy.reduce, reduce_op="sum"))  # pyright: ignore
+        estimates = self._bounds.estimates(
+            partial(self.trainer.strategy.reduce, reduce_op="sum"),  # pyright: ignore[reportArgumentType]
+            _gather,
+        )
         for one in estimates:
             values[f"{stage}/{one.mode}"] = one.nats
             values[f"standard_error/{stage}/{one.mode}"] = one.nats_error
@@ -205,7 +208,7 @@ class MaskedDiffusionModule(LightningModule):
                 values[f"bits_per_{one.unit}/{stage}/{one.mode}"] = one.bits
                 values[f"standard_error/bits_per_{one.unit}/{stage}/{one.mode}"] = one.bits_error
         if self.trainer.state.fn != TrainerFn.FITTING:
-            self.print(bounds_table(estimates, self.likelihood_draws))
+            self.print(bounds_table(estimates, self.likelihood_draws, self.transformer.pattern.is_autoregressive))
         for name, value in values.items():
             self.log(name, value, prog_bar=name == f"{stage}/joint", rank_zero_only=True)
 
@@ -289,3 +292,12 @@ class MaskedDiffusionModule(LightningModule):
                     f"A task names the label {label!r}, but no training document has a segment with it. There are "
                     f"{', '.join(labels)}."
                 )
+
+
+def _gather(value: Any) -> list[Any]:
+    """The values of all processes."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -43,6 +43,10 @@ def variance(arguments: argparse.Namespace) -> dict[str, Any]:
     """Print the variances of each variant, as multiples of those with independent times."""
     torch.set_num_threads(arguments.threads)
     pipe = MultiDiffPipeline.from_pretrained(arguments.model)
+    if not pipe.transformer.pattern.is_full or pipe.transformer.config["time_input"]:
+        raise SystemExit("variance compares draws of masks for a model with full attention and without time_input.")
+    if arguments.pairs < 2 or arguments.batch < 2:
+        raise SystemExit("variance needs --pairs and --batch of at least 2.")
     documents = _documents(pipe, arguments.data)
     columns = [f"{weighting}, {part}" for weighting in ("elbo", "uniform") for part in ("all", "times and masks")]
     print(f"| variant | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")

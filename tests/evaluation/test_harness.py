@@ -112,6 +112,8 @@ def test_unfit_models_are_refused(pipe):
         MultiDiffLM(pipe, layout="chat")
     with pytest.raises(ValueError, match="no tokenizer is called 'speech'"):
         MultiDiffLM(pipe, tokenizer="speech")
+    with pytest.raises(ValueError, match="The tokenizer 'picture' is not one for text"):
+        MultiDiffLM(pipe, tokenizer="picture")
     with pytest.raises(ValueError, match=r"This model has no tokenizer for text\. Its tokenizers are picture"):
         MultiDiffLM(make({"picture": Grid(3, 1, 2)}))
 

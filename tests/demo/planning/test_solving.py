@@ -12,6 +12,7 @@ from demo.planning.path_star import PathStar
 from demo.planning.solving import SolveRate, measure, read_problems
 from demo.planning.sudoku import Sudoku
 from multidiff import MultiDiffPipeline
+from multidiff.sequence import AttentionPattern
 from multidiff_bpe import BPETokenizer
 from multidiff_grid import GridTokenizer
 from tests.helpers import pipelines
@@ -23,7 +24,7 @@ class Oracle:
 
     def __init__(self, tokenizers, problems, knows, attention="full"):
         self.tokenizers, self.samplers = tokenizers, {}
-        self.transformer = SimpleNamespace(config={"attention": attention})
+        self.transformer = SimpleNamespace(pattern=AttentionPattern(attention))
         self.answers = {question: answer if knows(question) else question for question, answer in problems}
         self.asked = []
 
@@ -86,6 +87,8 @@ def test_an_autoregressive_model_has_one_order(boards, stars):
     ):
         oracle = Oracle({name: tokenizer}, read_problems(folder)["test"], lambda question: True, attention="causal")
         assert list(measure(oracle, folder, None, 5, seed=0, batch=5)) == [order]
+        with pytest.raises(ValueError, match=f"decides its answers in the order {order}"):
+            measure(oracle, folder, ["confidence"], 5, seed=0, batch=5)
 
 
 def test_standard_error_is_that_of_a_share():
