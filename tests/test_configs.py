@@ -22,6 +22,11 @@ from multidiff_vq import VQTokenizer
 from tests.helpers.paths import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# Those of a family of planning problems differ in numbers alone: a masked one and a baseline stand for all.
+DIFFERENT = [path for path in CONFIGS if path.stem not in {
+    *("sudoku9-masked", "sudoku9-autoregressive", "sudoku4-autoregressive"),
+    *("path-star-masked", "countdown-masked", "countdown-autoregressive"),
+}]  # fmt: skip
 TEMPLATE = ROOT / "multidiff" / "plugins" / "template" / "training.yaml"
 
 
@@ -78,7 +83,9 @@ def test_a_baseline_differs_only_in_attention_order_and_folder(name):
     )
     assert baseline["model"]["init_args"]["transformer"].pop("attention") == "causal"
     (tokenizer,) = baseline["model"]["init_args"]["tokenizers"]
-    orders = [config["model"]["init_args"]["samplers"][tokenizer].pop("order") for config in (masked, baseline)]
+    samplers = [config["model"]["init_args"]["samplers"][tokenizer] for config in (masked, baseline)]
+    del samplers[0]["num_inference_steps"]  # an autoregressive model takes a step for each code
+    orders = [sampler.pop("order") for sampler in samplers]
     assert orders == ["margin", "row_scan" if tokenizer == "grid" else "left_to_right"]
     folders = [config["trainer"].pop("default_root_dir") for config in (masked, baseline)]
     assert folders == [f"runs/{name}/masked", f"runs/{name}/autoregressive"]
@@ -105,7 +112,7 @@ def test_parses(path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:The tokenizer in .* has an untrained codebook")  # after a step or two
-@pytest.mark.parametrize("path", [*CONFIGS, TEMPLATE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*DIFFERENT, TEMPLATE], ids=lambda path: path.stem)
 def test_is_interrupted_and_goes_on(path, data, series, written, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(path), "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

@@ -253,5 +253,5 @@ def test_schedulers_of_diffusers_know_no_blocks():
 def test_processes_without_masks_know_no_blocks():
     vocabulary = SharedVocabulary.of(TOKENIZERS)
     model = make("blocks of 4").transformer
-    with pytest.raises(ValueError, match=r"sampler of 'note', AncestralSampler, .* takes no block_RN"):
+    with pytest.raises(ValueError, match=r"begins with masks, but the process of 'note', Uniform, has none"):
         MultiDiffPipeline(model, vocabulary, TOKENIZERS, processes={"note": Uniform()})
