@@ -324,13 +324,13 @@ def _noise_at_times(
     u_P = u_D.clamp_min(_EARLIEST)[batch.document_P]
     t_P = torch.where(target_P, u_P**3, 0.0)
     keys = [key_for(seed, "likelihood", mode, number, draw) for number in documents.numbers]
-    lengths, blocks = batch.document_starts.diff().tolist(), itertools.count()
+    lengths, streams = batch.document_starts.diff().tolist(), itertools.count()
     noised = _Noised(batch.ids_P, torch.zeros_like(target_P), torch.zeros_like(t_P), t_P, torch.zeros_like(t_P))
     tokenizer_P = batch.spread(batch.tokenizer_S, -1)
     for place, name in enumerate(vocabulary.tokenizers):
         own_P = t_P.where(tokenizer_P == place, 0.0)
         made = processes[name].corrupt(
-            noised.ids_P, batch.span_P, vocabulary.span_edges, own_P, lambda: uniforms(keys, lengths, next(blocks))
+            noised.ids_P, batch.span_P, vocabulary.span_edges, own_P, lambda: uniforms(keys, lengths, next(streams))
         )
         noised = noised._replace(
             ids_P=made.ids_P,

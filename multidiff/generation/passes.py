@@ -4,7 +4,7 @@ A document is seen in several *views*: with its condition, and by each null of g
 documents are laid out one after another as one flat batch, and a pass computes the documents and views that it needs.
 With a cache each view of each document has its place in it, and a pass computes only some tokens of a document.
 
-Where attention has an order, nothing behind the block that is being decided is computed. With the exact cache, blocks
+Where attention has an order, nothing after the block that is being decided is computed. With the exact cache, blocks
 before it are computed once more when they are decided, and not again. With causal attention every code is a block, and
 its logits are read at the token before it.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from multidiff.generation.runs import SamplerRun
 from multidiff.models import KeyValueCache, MaskedDiffusionTransformer
-from multidiff.sequence import MASK, Blocks, SharedVocabulary, TokenBatch
+from multidiff.sequence import MASK, SharedVocabulary, TokenBatch, TokenBlocks
 
 Active = Sequence[tuple[SamplerRun, Tensor]]  # runs, and where_RN of each
 
@@ -193,7 +193,7 @@ class Passes:
         blocks = None
         if not self._pattern.is_full:
             number_X = self._number_P.repeat(views)
-            blocks = Blocks.clean(number_X if everything else number_X[index_A])
+            blocks = TokenBlocks.clean(number_X if everything else number_X[index_A])
         logits = self.transformer(
             self._sent(ids_X if everything else ids_X[index_A]),
             self._positions_X3 if index is None else self._positions_X3[index],

@@ -11,7 +11,7 @@ the tokens that are recomputed. An `AttentionPlan`, made by `plan_attention`, sa
   the estimated cost is least; no tensor of all positions by all positions exists.
 
 Where queries do not see their whole document, a group has a mask of its documents' queries by keys; keys that no query
-of a document sees are left out. Causal attention of all tokens needs no mask: what is repeated stands behind.
+of a document sees are left out. Causal attention of all tokens needs no mask: what is repeated comes last.
 
 A document gets the same result alone, beside others and in another order, up to rounding.
 
@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from multidiff.models.sizes import HALF, prepares_shapes, shared_size
-from multidiff.sequence.blocks import Blocks
+from multidiff.sequence.blocks import TokenBlocks
 
 # Costs in units of one query by one key, chosen by the steps of small and large models on two cores.
 _CALL = 3_000  # of a call, besides its arithmetic
@@ -54,7 +54,7 @@ class Sight(NamedTuple):
         causal: whether every token is a block, and clean.
     """
 
-    blocks: Blocks
+    blocks: TokenBlocks
     place_Q: Tensor
     causal: bool
 
@@ -154,7 +154,7 @@ def plan_attention(
     Args:
         keys, queries: of each document, in the order of the batch. A document may have no query.
         device, dtype: of the tensors that attend; nothing waits for the device.
-        rows: of keys and of queries; those behind the last document belong to none, and what they get means nothing.
+        rows: of keys and of queries; those after the last document belong to none, and what they get means nothing.
             None where there are no such rows.
         sight: what queries see of their documents; None is all.
         flex: use FlexAttention where queries do not see all, and not all that stands before them.
@@ -357,7 +357,7 @@ def _views(
 def _numbers_seen(sight: Sight, key_starts: Tensor, query_starts: Tensor) -> list[int]:
     """How many keys of each document there are up to the last one that a query of it sees."""
     blocks, starts = sight.blocks, key_starts.long()
-    if bool(blocks.noisy_P.any()):  # a noisy copy stands behind the clean one
+    if bool(blocks.noisy_P.any()):  # a noisy copy comes after the clean one
         return starts.diff().tolist()
     # Numbers grow through a document, so that they are sorted where documents are apart.
     documents, apart = len(starts) - 1, int(blocks.number_P.max()) + 2 if len(blocks.number_P) else 1

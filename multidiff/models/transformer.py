@@ -1,7 +1,7 @@
 """The denoiser, whole: a transformer over flat batches of interleaved documents.
 
 Like Llama: pre-norm RMSNorm, SwiGLU, rotary positions, grouped-query attention. Unlike it:
-- attention stays within a document; it is bidirectional, or causal, or goes by blocks (`multidiff.sequence.blocks`);
+- attention stays within a document; it is bidirectional, or causal, or works in blocks (`multidiff.sequence.blocks`);
 - a token has a position on three axes; frequency j of head_dim / 2 turns with axis j mod 3, so three equal
   coordinates give Llama's rotary exactly;
 - a code's coordinates within its segment are added to its embedding as Fourier features, which make every place of a
@@ -36,7 +36,7 @@ from multidiff.models.cache import KeyValueCache
 from multidiff.models.norm import RMSNorm
 from multidiff.models.rotary import apply_rotary_emb, fourier_features, rotary, rotary_frequencies, wave_turns
 from multidiff.models.sizes import prepares_shapes, shared_size
-from multidiff.sequence.blocks import AttentionPattern, Blocks
+from multidiff.sequence.blocks import AttentionPattern, TokenBlocks
 from multidiff.sequence.vocabulary import Span
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -161,7 +161,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         noise_P: Tensor | None = None,
         cache: KeyValueCache | None = None,
         active_A: Tensor | None = None,
-        blocks: Blocks | None = None,
+        blocks: TokenBlocks | None = None,
     ) -> list[Tensor]:
         """Logits where they are asked for, or a loss of targets there.
 
@@ -257,13 +257,13 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         for layer in self.layers:
             layer.compile(dynamic=dynamic, **options)
 
-    def _sight(self, tokens: int, blocks: Blocks | None, active_A: Tensor | None) -> Sight | None:
+    def _sight(self, tokens: int, blocks: TokenBlocks | None, active_A: Tensor | None) -> Sight | None:
         """What the tokens that are computed see; None where that is their whole document."""
         if self.pattern.is_full:
             return None
         everywhere = torch.arange(tokens)
         if self.pattern.is_autoregressive:
-            blocks = Blocks.clean(everywhere)
+            blocks = TokenBlocks.clean(everywhere)
         elif blocks is None:
             raise ValueError("attention 'block_causal' needs the blocks of the tokens, of AttentionPattern.numbers.")
         place_Q = everywhere if active_A is None else active_A

@@ -1,7 +1,7 @@
 """Training examples: documents with roles, noised, laid out, and with the places and weights of the loss.
 
 A model with causal attention gets clean tokens, and its loss is at the token before each target. One whose attention
-goes by blocks gets the clean and the noisy copy of each document, and its loss is in the noisy one
+works in blocks gets the clean and the noisy copy of each document, and its loss is in the noisy one
 (`multidiff.sequence.blocks`). Each block has a time of its own, as a segment has otherwise, and counts as a segment
 where the loss is normalised by segments.
 
@@ -27,7 +27,7 @@ from multidiff.objectives.objective import Objective
 from multidiff.objectives.tasks import Task, choose_task, fitting_tasks
 from multidiff.objectives.times import draw_time, times_of_blocks
 from multidiff.seeding import key_for, uniforms
-from multidiff.sequence import AttentionPattern, Blocks, Example, Segment, Sequencer, TokenBatch
+from multidiff.sequence import AttentionPattern, Example, Segment, Sequencer, TokenBatch, TokenBlocks
 from multidiff.sequence.blocks import side_by_side
 from multidiff.sequence.vocabulary import MASK, SharedVocabulary, Span
 
@@ -38,7 +38,7 @@ class NoisedBatch:
 
     Attributes:
         ids_P, positions_P3, coords_P3: as in `TokenBatch`, with noised ids; of both copies of a document where
-            attention goes by blocks.
+            attention works in blocks.
         noise_P: float32, how much noise there is at each token: 0 where it is clean, 1 where it is absent.
         document_starts: as in `TokenBatch`; stays on the CPU.
         index_M: int64, positions of the loss in P; stays on the CPU.
@@ -52,7 +52,7 @@ class NoisedBatch:
         tokens: what each tokenizer's nats are divided by.
         loss_divisor: float32, what the loss is divided by.
         num_documents: documents of the batch; complementary twins count once.
-        blocks: of the tokens, where attention goes by blocks; stays on the CPU. None elsewhere.
+        blocks: of the tokens, where attention works in blocks; stays on the CPU. None elsewhere.
     """
 
     _SENT = (
@@ -78,7 +78,7 @@ class NoisedBatch:
         tokens: Sequence[int],
         loss_divisor: Tensor,
         num_documents: int,
-        blocks: Blocks | None = None,
+        blocks: TokenBlocks | None = None,
     ):
         self.blocks = blocks
         self.ids_P, self.positions_P3, self.coords_P3, self.noise_P = ids_P, positions_P3, coords_P3, noise_P
@@ -166,12 +166,12 @@ class Noising:
             alone_D = torch.tensor([one.independent for one in drawn])
             spread_S = times_of_blocks(t_S, source_S, self.objective.times)
             t_S = torch.where(alone_D[batch.document_S] & target_S, spread_S, t_S)
-        keys, lengths, blocks = [one.key for one in drawn], [one.length for one in drawn], itertools.count(1)
+        keys, lengths, streams = [one.key for one in drawn], [one.length for one in drawn], itertools.count(1)
         twin_S = torch.tensor([one.twin for one in drawn])[batch.document_S]
         twin_P = torch.tensor([one.twin for one in drawn])[batch.document_P] if self.objective.complementary else None
 
         def uniform() -> Tensor:
-            numbers_P = uniforms(keys, lengths, next(blocks))
+            numbers_P = uniforms(keys, lengths, next(streams))
             return numbers_P if twin_P is None else torch.where(twin_P, 1 - numbers_P, numbers_P)
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)

@@ -29,7 +29,7 @@ class MaskState(State):
         plan_RK: int64, how many positions a schedule decides at each step; no columns under other rules.
         next_RN: bool, the positions that the next step decides; None where that depends on their logits.
         remask_RN: bool, the decided positions that the next step masks again.
-        ends: whether the blocks are those of the model's attention, so that nothing behind an EOS is needed.
+        ends: whether the blocks are those of the model's attention, so that nothing after an EOS is needed.
     """
 
     coords_RN3: Tensor
@@ -111,7 +111,7 @@ class MaskState(State):
         return state.look_ahead(parts, 0, generator)
 
     def behind_eos(self, sample_RN: Tensor, undecided_RN: Tensor) -> Tensor:
-        """bool: the undecided positions of blocks behind one that holds an EOS. Those of a frame that is content stay
+        """bool: the undecided positions of blocks after one that holds an EOS. Those of a frame that is content stay
         undecided."""
         eos_RN = (self.eos_RN >= 0) & (sample_RN == self.eos_RN) & ~undecided_RN
         far = torch.iinfo(self.block_RN.dtype).max

@@ -1,7 +1,7 @@
 """The shared vocabulary, segments and documents, and their layout as token batches."""
 
 from multidiff.sequence.batch import TokenBatch
-from multidiff.sequence.blocks import AttentionPattern, Blocks
+from multidiff.sequence.blocks import AttentionPattern, TokenBlocks
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.segments import Document, Example, Segment
 from multidiff.sequence.sequencer import MAX_CODES, Sequencer
@@ -11,7 +11,6 @@ __all__ = [
     "MASK",
     "MAX_CODES",
     "AttentionPattern",
-    "Blocks",
     "Document",
     "Example",
     "SeenDocuments",
@@ -19,4 +18,5 @@ __all__ = [
     "Sequencer",
     "SharedVocabulary",
     "TokenBatch",
+    "TokenBlocks",
 ]

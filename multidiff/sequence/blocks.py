@@ -32,7 +32,7 @@ Attention = Literal["full", "causal", "block_causal"]
 SEGMENT = "segment"
 
 
-class Blocks(NamedTuple):
+class TokenBlocks(NamedTuple):
     """The block and the copy of tokens; on the CPU.
 
     Attributes:
@@ -44,13 +44,13 @@ class Blocks(NamedTuple):
     noisy_P: Tensor
 
     @classmethod
-    def clean(cls, number_P: Tensor) -> Blocks:
+    def clean(cls, number_P: Tensor) -> TokenBlocks:
         """The blocks of documents of which there is one copy."""
         return cls(number_P, torch.zeros_like(number_P, dtype=torch.bool))
 
-    def at(self, index: Tensor) -> Blocks:
+    def at(self, index: Tensor) -> TokenBlocks:
         """Those of some tokens."""
-        return Blocks(self.number_P[index], self.noisy_P[index])
+        return TokenBlocks(self.number_P[index], self.noisy_P[index])
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class AttentionPattern:
 
 
 class Copies(NamedTuple):
-    """The clean and the noisy copy of every document, one behind the other.
+    """The clean and the noisy copy of every document, one after the other.
 
     Attributes:
         index_X: int64, the token of the batch that each token is a copy of.
@@ -169,7 +169,7 @@ class Copies(NamedTuple):
     """
 
     index_X: Tensor
-    blocks: Blocks
+    blocks: TokenBlocks
     starts: Tensor
     noisy_P: Tensor
 
@@ -203,7 +203,7 @@ def side_by_side(batch: TokenBatch, number_P: Tensor, target_P: Tensor) -> Copie
     starts[1:] = torch.bincount(document_P[index_X], minlength=batch.num_documents).cumsum(0)
     back_P = torch.full_like(number_P, -1)
     back_P[index_X[noisy_X]] = torch.nonzero(noisy_X).flatten()
-    return Copies(index_X, Blocks(number_P[index_X], noisy_X), starts, back_P)
+    return Copies(index_X, TokenBlocks(number_P[index_X], noisy_X), starts, back_P)
 
 
 def _is_length(value: Any) -> bool:

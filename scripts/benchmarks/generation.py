@@ -1,4 +1,4 @@
-"""Generation by a model whose attention goes by blocks, with and without its exact cache; without training."""
+"""Generation by a model whose attention works in blocks, with and without its exact cache; without training."""
 
 import argparse
 from typing import Any

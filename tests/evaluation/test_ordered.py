@@ -10,7 +10,7 @@ import torch
 
 from multidiff.evaluation import EvaluationBatch, likelihood
 from multidiff.models import MaskedDiffusionTransformer
-from multidiff.sequence import MASK, Blocks, Example, SharedVocabulary
+from multidiff.sequence import MASK, Example, SharedVocabulary, TokenBlocks
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.toys import Frames, Grid, generator
 
@@ -69,7 +69,7 @@ def log_prob(model, batch, ids_P, place):
             batch.document_starts,
             [(torch.tensor([read]), (start, stop))],
             batch.coords_P3,
-            blocks=Blocks.clean(model.pattern.numbers(batch)),
+            blocks=TokenBlocks.clean(model.pattern.numbers(batch)),
         )
     return float(torch.log_softmax(logits_1V[0], -1)[batch.ids_P[place] - start])
 

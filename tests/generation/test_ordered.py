@@ -7,7 +7,7 @@ from diffusers import AmusedScheduler
 from multidiff import Blank, Given, MaskedDiffusionTransformer, MaskSampler, MultiDiffPipeline, SharedVocabulary
 from multidiff.generation.editing import extend
 from multidiff.processes import Uniform
-from multidiff.sequence import MASK, Blocks
+from multidiff.sequence import MASK, TokenBlocks
 from tests.helpers.pipelines import batch_of, items
 from tests.helpers.toys import Frames, Grid, generator
 
@@ -111,7 +111,7 @@ def test_sampling_is_greedy_decoding_written_out(pattern):
             torch.tensor([0, seen]),
             [(torch.tensor([place - causal]), pipe.vocabulary.spans["note"][0])],
             batch.coords_P3[:seen],
-            blocks=Blocks.clean(number_P[:seen]),
+            blocks=TokenBlocks.clean(number_P[:seen]),
         )
         tokens.append(int(logits_1V.argmax()))
         ids_P[place] = pipe.vocabulary.spans["note"][0][0] + tokens[-1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from multidiff.models import attention
 from multidiff.models.attention import Sight, attend, plan_attention
 from multidiff.models.sizes import shared_size
-from multidiff.sequence.blocks import Blocks
+from multidiff.sequence.blocks import TokenBlocks
 from tests.helpers.largest import Largest
 from tests.helpers.toys import generator
 
@@ -230,7 +230,7 @@ def laid_out(documents, causal):
         keys.append(len(numbers))
     if causal:
         number = list(range(len(number)))
-    return Blocks(torch.tensor(number), torch.tensor(noisy)), torch.tensor(place, dtype=torch.int64), keys, queries
+    return TokenBlocks(torch.tensor(number), torch.tensor(noisy)), torch.tensor(place, dtype=torch.int64), keys, queries
 
 
 def visible(blocks, place_Q, keys):
@@ -293,7 +293,7 @@ def test_keys_that_no_query_sees_are_left_out():
 def test_scattered_documents_part_where_gathering_costs_more(count, documents):
     """Four documents, each with a query in the middle: the keys that are seen do not follow each other."""
     keys, queries = [count] * 4, [1] * 4
-    blocks = Blocks.clean(torch.arange(count).repeat(4))
+    blocks = TokenBlocks.clean(torch.arange(count).repeat(4))
     place_Q = torch.arange(4) * count + count // 2
     made, _, _ = tensors(keys, queries)
     plan = plan_attention(keys, queries, CPU, torch.float64, sight=Sight(blocks, place_Q, causal=False))

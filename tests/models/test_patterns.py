@@ -6,7 +6,7 @@ import torch
 from multidiff.models import KeyValueCache, attention
 from multidiff.models import transformer as module
 from multidiff.models.sizes import shared_size
-from multidiff.sequence import MASK, AttentionPattern, Blocks
+from multidiff.sequence import MASK, AttentionPattern, TokenBlocks
 from multidiff.sequence.blocks import side_by_side
 from tests.helpers.denoisers import PICTURE, SEQUENCER, run, segments, transformer
 from tests.helpers.toys import generator
@@ -29,7 +29,7 @@ def everywhere(ids_P):
 
 
 def logits(model, batch, ids_P, positions=None, **options):
-    options = {"blocks": Blocks.clean(model.pattern.numbers(batch)), **options}
+    options = {"blocks": TokenBlocks.clean(model.pattern.numbers(batch)), **options}
     positions = everywhere(ids_P) if positions is None else positions
     (found,) = model(ids_P, batch.positions_P3, batch.document_starts, positions, batch.coords_P3, **options)
     return found
@@ -107,7 +107,7 @@ def test_gradients_of_causal_attention_are_those_of_the_mask():
     gradients = []
     for options in ({"attention": "causal"}, {"attention": "block_causal", "block_length": 1}):
         model = transformer(num_layers=3, **options).double()
-        found = logits(model, batch, batch.ids_P, blocks=Blocks.clean(place_P))
+        found = logits(model, batch, batch.ids_P, blocks=TokenBlocks.clean(place_P))
         found.square().sum().backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12 * float(gradients[0].abs().max()))
