@@ -167,12 +167,12 @@ class Noising:
             spread_S = times_of_blocks(t_S, source_S, self.objective.times)
             t_S = torch.where(alone_D[batch.document_S] & target_S, spread_S, t_S)
         keys, lengths, streams = [one.key for one in drawn], [one.length for one in drawn], itertools.count(1)
-        twin_S = torch.tensor([one.twin for one in drawn])[batch.document_S]
-        twin_P = torch.tensor([one.twin for one in drawn])[batch.document_P] if self.objective.complementary else None
+        twin_D = torch.tensor([one.twin for one in drawn])
+        twin_S, twin_P = twin_D[batch.document_S], torch.repeat_interleave(twin_D, torch.tensor(lengths))
 
         def uniform() -> Tensor:
             numbers_P = uniforms(keys, lengths, next(streams))
-            return numbers_P if twin_P is None else torch.where(twin_P, 1 - numbers_P, numbers_P)
+            return torch.where(twin_P, 1 - numbers_P, numbers_P)
 
         target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False)
         ids_P = torch.where(absent_P, MASK, batch.ids_P)

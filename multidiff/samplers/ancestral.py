@@ -23,7 +23,7 @@ from multidiff.samplers.state import State, draw_uniform
 from multidiff.samplers.token_sampling import TokenSampling, check_finite
 from multidiff.samplers.unmasking import check_steps
 
-STEPS = 64  # where nobody says
+_STEPS = 64  # where nobody says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ class AncestralSampler:
         ids_M, size = self.process.prior(sizes_RN[there_RN], uniform_M), int(sample_RN.max())
         start_RN = sample_RN.clone()
         start_RN[there_RN] = torch.where(ids_M == sizes_RN[there_RN], size, ids_M)
-        steps_R = torch.full((len(sample_RN),), num_inference_steps or self.num_inference_steps or STEPS)
+        steps_R = torch.full((len(sample_RN),), num_inference_steps or self.num_inference_steps or _STEPS)
         eos_RN = torch.full_like(sample_RN, -1) if eos_RN is None else eos_RN
         nothing_RN = torch.zeros_like(there_RN)
         return AncestralState.blank(
