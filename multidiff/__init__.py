@@ -9,6 +9,7 @@ __version__ = "0.2.0"
 _HOME = {
     "AncestralSampler": "samplers",
     "Blank": "generation",
+    "Draft": "generation",
     "Given": "generation",
     "MaskSampler": "samplers",
     "MaskedDiffusionTransformer": "models",

@@ -1,16 +1,18 @@
 """Evaluate a tokenizer on the items of a data folder: cost, speed, quality of reconstruction and use of its codebooks.
-Or evaluate a model: the likelihood of the documents of a data folder, or how many planning problems it solves, by the
-order in which it decides its answers.
+Or evaluate a model: the likelihood of the documents of a data folder, how many planning problems it solves, by the
+order in which it decides its answers, or how many wrong codes its samplers mend.
 
     python scripts/evaluate.py tokenizer --data runs/demo/data --name image --tokenizer '{"plugin": "vq"}'
     python scripts/evaluate.py likelihood --data runs/demo/data --model runs/demo/model
     python scripts/evaluate.py planning --data runs/sudoku4/data --model runs/sudoku4/masked/model
+    python scripts/evaluate.py correction --data runs/demo/data --model runs/demo/model --name image
 
 Prints a table, and one line of JSON at the end. STOI and PESQ are included if pystoi and pesq are installed. LPIPS is
 included if torchvision's weights of AlexNet, VGG-16 or SqueezeNet 1.1 are in torch's hub folder. Nothing is downloaded.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -25,7 +27,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multidiff import Audio, Codes, ModalityTokenizer, MultiDiffPipeline, evaluation, plugins
+from multidiff import Audio, Codes, Given, ModalityTokenizer, MultiDiffPipeline, evaluation, plugins
+from multidiff.checkpoints.parts import load_sampler
 from multidiff.data.folder import SPLITS, file_states, read_metadata
 from multidiff.data.length import LongDocuments
 from multidiff_encodec.mel import MelLoss
@@ -250,6 +253,42 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def correction(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure how many wrong codes samplers mend, print a table, and return the numbers by sampler."""
+    if min(arguments.num_samples, arguments.batch) < 1:
+        raise ValueError("--num-samples and --batch must be at least 1")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe, name = MultiDiffPipeline.from_pretrained(arguments.model, device=device), arguments.name
+    pipe.vocabulary.layout(name)
+    pipe.set_progress_bar_config(disable=True)
+    records = read_metadata(arguments.data, (arguments.split,))
+    records = [record for record in records if any(key == name for key, _ in record.segments)][: arguments.num_samples]
+    documents = [
+        [Given(key, pipe.tokenizers[key].read(value, arguments.data)) for key, value in record.segments]
+        for record in tqdm(records, desc="reading", leave=False)
+    ]
+    found = {}
+    print(f"{len(documents)} documents of split {arguments.split!r}\n")
+    print(
+        "| sampler | wrong codes repaired | wrong codes changed | right codes spoiled | passes |\n|---|---|---|---|---|"
+    )
+    for text in arguments.samplers:
+        pipe.samplers[name] = load_sampler(json.loads(text), pipe.processes.get(name), f"--samplers {text}")
+        result = evaluation.measure_correction(
+            pipe,
+            documents,
+            name,
+            wrong=arguments.wrong,
+            decided=arguments.decided,
+            noise=arguments.noise,
+            seed=arguments.seed,
+            batch_size=arguments.batch,
+        )
+        print(f"| `{text}` | {result.repaired} | {result.changed} | {result.spoiled} | {result.nfe:.1f} |", flush=True)
+        found[text] = dataclasses.asdict(result)
+    return found
+
+
 def main() -> None:
     """Run the evaluation that the command line names, and print its results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -291,6 +330,27 @@ def main() -> None:
     one.add_argument("--batch", type=int, default=64, help="Number of documents per batch (default: 64).")
     one.add_argument("--seed", type=int, default=0, help="Random seed of canvases and masks (default: 0).")
     one.set_defaults(run=likelihood)
+    one = commands.add_parser("correction", help="Evaluate how many wrong codes samplers mend.")
+    one.add_argument("--model", required=True, help="Folder of a saved model, or Lightning checkpoint (.ckpt).")
+    one.add_argument("--data", type=Path, required=True, help="Data folder.")
+    one.add_argument("--name", required=True, help="Tokenizer whose codes are made wrong. Other segments are given.")
+    one.add_argument("--split", default="test", choices=SPLITS, help="Split (default: test).")
+    help_ = "Share of codes that stand as decided; the others are masked (default: 1)."
+    one.add_argument("--decided", type=float, default=1.0, help=help_)
+    help_ = "Share of wrong codes among those that are decided (default: 0.1)."
+    one.add_argument("--wrong", type=float, default=0.1, help=help_)
+    help_ = "How much noise samplers presume at least, from 0 to 1 (default: the share of masked codes)."
+    one.add_argument("--noise", type=float, help=help_)
+    help_ = (
+        'Settings of samplers as JSON, one after another (default: {"remask": "edit", "editing_threshold": 0.9}). The '
+        "number of steps is one of them."
+    )
+    default = ['{"remask": "edit", "editing_threshold": 0.9}']
+    one.add_argument("--samplers", nargs="+", default=default, metavar="JSON", help=help_)
+    one.add_argument("--num-samples", type=int, default=200, help="Maximum number of documents (default: 200).")
+    one.add_argument("--batch", type=int, default=64, help="Number of documents per batch (default: 64).")
+    one.add_argument("--seed", type=int, default=0, help="Random seed of wrong codes and samples (default: 0).")
+    one.set_defaults(run=correction)
     arguments = parser.parse_args()
     try:
         print(json.dumps(arguments.run(arguments)))

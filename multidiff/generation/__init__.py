@@ -1,6 +1,6 @@
 """Documents with blanks in, the same documents filled in out."""
 
 from multidiff.generation.pipeline import MultiDiffOutput, MultiDiffPipeline
-from multidiff.generation.requests import Blank, Filled, Given, Masked
+from multidiff.generation.requests import Blank, Draft, Filled, Given, Masked
 
-__all__ = ["Blank", "Filled", "Given", "Masked", "MultiDiffOutput", "MultiDiffPipeline"]
+__all__ = ["Blank", "Draft", "Filled", "Given", "Masked", "MultiDiffOutput", "MultiDiffPipeline"]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from multidiff import checkpoints, files
 from multidiff.checkpoints import ModelParts
 from multidiff.generation.decoder import Decoder
-from multidiff.generation.requests import Filled, Given, Masked, Request, check_nesting, make_segments
+from multidiff.generation.requests import Draft, Filled, Given, Masked, Request, check_nesting, make_segments
 from multidiff.generation.runs import Decision, SegmentFacts, make_runs
 from multidiff.models import MaskedDiffusionTransformer
 from multidiff.processes import Process
@@ -172,7 +172,8 @@ class MultiDiffPipeline(DiffusionPipeline):
         """Fill in the blanks of a batch of documents, without dropout.
 
         Args:
-            documents: lists of `Given`, `Blank` and `Masked` segments, at least one of them with something unknown.
+            documents: lists of `Given`, `Blank`, `Masked` and `Draft` segments, at least one of them with something
+                unknown.
             num_inference_steps: steps for every tokenizer whose sampler does not find their number itself; None takes
                 each sampler's own.
             guidance_scale: classifier-free guidance for every tokenizer, 1 is none; None takes each sampler's own.
@@ -205,12 +206,9 @@ class MultiDiffPipeline(DiffusionPipeline):
         segments = make_segments(documents, self.sequencer, self.tokenizers, self.canvas)
         self._remark(segments)
         batch = self.sequencer.batch(segments)
-        inside = [len(part.codes) if isinstance(part, Masked) else 0 for document in documents for part in document]
-        units = [self.sequencer.unit(segment) for document in segments for segment in document]
-        facts = SegmentFacts(torch.tensor(inside), torch.tensor(units))
         runs = make_runs(
             batch,
-            facts,
+            self._facts(documents, segments, batch),
             self.vocabulary,
             self.samplers,
             generators,
@@ -244,6 +242,21 @@ class MultiDiffPipeline(DiffusionPipeline):
         """The size of a blank where nothing says otherwise."""
         trained = self.seen.canvas.get(name, {}) if self.seen else {}
         return {**trained, **(self.samplers[name].canvas or {})}
+
+    def _facts(
+        self, documents: Sequence[Sequence[Request]], segments: Sequence[Sequence[Segment]], batch: TokenBatch
+    ) -> SegmentFacts:
+        parts = [part for document in documents for part in document]
+        inside = [len(part.codes) if isinstance(part, Masked | Draft) else 0 for part in parts]
+        units = [self.sequencer.unit(segment) for document in segments for segment in document]
+        noise = [float(part.noise or 0) if isinstance(part, Draft) else 0.0 for part in parts]
+        draft_P = torch.zeros_like(batch.known_P)
+        for start, part in zip(batch.start_S.tolist(), parts, strict=True):
+            if isinstance(part, Draft):
+                draft_P[start : start + len(part.codes)] = part.decided_N
+        return SegmentFacts(
+            torch.tensor(inside), torch.tensor(units), draft_P, torch.tensor(noise, dtype=torch.float64)
+        )
 
     def _remark(self, documents: Sequence[Sequence[Segment]]) -> None:
         """Warn of what lies outside of what the model was trained on."""

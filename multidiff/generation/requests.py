@@ -88,6 +88,37 @@ class Masked:
         )
 
 
+class Draft:
+    """A segment that the sampler goes on with: its codes stand as if the sampler had decided them itself.
+
+    A sampler that revises what it has decided (one with remasking or editing, or an ancestral one of a process whose
+    noise is not masks alone) replaces those that the model doubts.
+
+    Args:
+        codes: as `tokenizer.encode` returns them; arbitrary valid ids where undecided.
+        decided_N: bool, one for each code; the others are to be filled in. None decides all.
+        noise: how much noise the sampler presumes at least, from 0 to 1, as the `noise` of the process counts it; None
+            is the share of undecided codes. A complete draft needs it where the model or the sampler asks for the time:
+            the more noise, the more of the draft changes.
+
+    Examples:
+        >>> place = torch.arange(3)
+        >>> codes = Codes(torch.tensor([7, 0, 7]), 0 * place, place[:, None].expand(3, 3), {"tokens": 3})
+        >>> Draft("text", codes, noise=0.1)
+        Draft('text', 3 of 3 codes decided, noise=0.1)
+    """
+
+    def __init__(self, tokenizer: str, codes: Codes, decided_N: Tensor | None = None, noise: float | None = None):
+        self.tokenizer = tokenizer
+        self.codes = codes
+        self.decided_N = torch.ones(len(codes), dtype=torch.bool) if decided_N is None else decided_N
+        self.noise = noise
+
+    def __repr__(self) -> str:
+        decided = int(self.decided_N.sum())
+        return f"Draft({self.tokenizer!r}, {decided} of {len(self.codes)} codes decided, noise={self.noise})"
+
+
 @dataclass(frozen=True)
 class Filled:
     """A segment of a filled document.
@@ -107,7 +138,7 @@ class Filled:
     given: bool
 
 
-Request = Given | Blank | Masked
+Request = Given | Blank | Masked | Draft
 
 
 def check_nesting(documents: Any) -> None:
@@ -157,12 +188,24 @@ def make_segments(
                 segments.append(sequencer.blank(part.tokenizer, {**canvas(part.tokenizer), **part.size}))
             elif isinstance(part, Masked):
                 segments.append(_masked(part, sequencer))
+            elif isinstance(part, Draft):
+                _check_draft(part)
+                segments.append(
+                    _masked(Masked(part.tokenizer, part.codes, torch.zeros_like(part.decided_N)), sequencer)
+                )
             else:
-                raise ValueError(f"document {number}: expected a Given, Blank or Masked segment, got {part!r}")
+                raise ValueError(f"document {number}: expected a Given, Blank, Masked or Draft segment, got {part!r}")
         if all(bool(segment.known_N.all()) for segment in segments):
             raise ValueError(f"document {number} has nothing to fill in. Give it a Blank or a Masked segment.")
         made.append(segments)
     return made
+
+
+def _check_draft(part: Draft) -> None:
+    if part.decided_N.shape != part.codes.ids_N.shape or part.decided_N.dtype != torch.bool:
+        raise ValueError(f"Draft({part.tokenizer!r}): decided_N must be bool, one for each of {len(part.codes)} codes")
+    if part.noise is not None and not (isinstance(part.noise, int | float) and 0 <= part.noise <= 1):
+        raise ValueError(f"Draft({part.tokenizer!r}): noise {part.noise!r} must be a number from 0 to 1")
 
 
 def _masked(part: Masked, sequencer: Sequencer) -> Segment:

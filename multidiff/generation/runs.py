@@ -11,6 +11,7 @@ document, U all of them.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,10 +50,14 @@ class SegmentFacts(NamedTuple):
         inside_S: int64, how many codes of each segment an EOS cannot end.
         unit_S: int64, how many codes each segment has in a unit (a token 1, a frame one of each level); they end
             together.
+        draft_P: bool, the unknown codes of the batch that stand as decided at the start; None where none do.
+        noise_S: float64, how much noise a sampler must at least presume in each segment; None is 0.
     """
 
     inside_S: Tensor
     unit_S: Tensor
+    draft_P: Tensor | None = None
+    noise_S: Tensor | None = None
 
 
 @dataclass
@@ -121,7 +126,8 @@ def make_runs(
         pattern: of the model's attention.
 
     Raises:
-        ValueError: more steps than codes, steps for samplers that find their own, samplers that cannot run together.
+        ValueError: more steps than codes, steps for samplers that find their own, samplers that cannot run together,
+            samplers or a pattern that cannot go on from a draft.
     """
     runs = []
     place_P = places(batch)
@@ -154,6 +160,14 @@ def make_runs(
             unit_U = place_P[flat_U] // segments.unit_S[segment_U]
             frame_RN = torch.full_like(place_RN, -1)
             frame_RN[index] = torch.unique(segment_U * len(place_P) + unit_U, return_inverse=True)[1]
+        more = {} if pattern.is_full else {"block_RN": number_P[place_RN].masked_fill(sample_RN < 0, -1)}
+        if segments.draft_P is not None and bool(segments.draft_P[flat_U].any()):
+            _check_drafts(name, sampler, pattern)
+            local_RN = vocabulary.to_local(name, batch.ids_P[place_RN].where(sample_RN >= 0, spans[0][0]), levels_RN)
+            more["draft_RN"] = local_RN.where((sample_RN >= 0) & segments.draft_P[place_RN], -1)
+            if segments.noise_S is not None:
+                none_R = torch.zeros(len(rows), dtype=torch.float64)
+                more["noise_R"] = none_R.scatter_reduce(0, row_U, segments.noise_S[segment_U], "amax")
         state = sampler.start(
             sample_RN,
             levels_RN,
@@ -163,7 +177,7 @@ def make_runs(
             extent_RN3=extent_S3[batch.segment_P[place_RN].clamp_min(0)],
             frame_RN=frame_RN,
             sizes_RN=torch.tensor([stop - start for start, stop in spans])[levels_RN],
-            **({} if pattern.is_full else {"block_RN": number_P[place_RN].masked_fill(sample_RN < 0, -1)}),
+            **more,
             generator=[generators[document] for document in rows.tolist()],
         )
         strength = sampler.guidance_scale if scale is None else scale
@@ -186,6 +200,18 @@ def _stages(batch: TokenBatch, pattern: AttentionPattern) -> Tensor:
     before_S = unknown_S.cumsum(0) - unknown_S
     first_D = torch.searchsorted(batch.document_S, torch.arange(batch.num_documents))
     return before_S - before_S[first_D][batch.document_S]
+
+
+def _check_drafts(name: str, sampler: Sampler, pattern: AttentionPattern) -> None:
+    if not pattern.is_full:
+        raise ValueError(
+            f"A model of {pattern} revises nothing, so it takes no Draft of {name!r}. Use a Masked segment."
+        )
+    if not {"draft_RN", "noise_R"} <= inspect.signature(sampler.start).parameters.keys():
+        raise ValueError(
+            f"The sampler of {name!r}, {sampler!r}, goes on from no Draft. Use a MaskSampler with remask, or an "
+            "AncestralSampler."
+        )
 
 
 def _check_together(runs: Sequence[SamplerRun], steps: int | None, pattern: AttentionPattern) -> None:

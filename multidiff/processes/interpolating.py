@@ -116,28 +116,28 @@ class Interpolating(Process):
         """What the process ends in: `<mask>` if m > 0 there, else uniform tokens."""
         return sizes_M if self.starts_masked else (uniform_M * sizes_M).long()
 
-    def posterior(self, log_probs_MV: Tensor, ids_M: Tensor, sizes_M: Tensor, t: float, s: float) -> Tensor:
+    def posterior(
+        self, log_probs_MV: Tensor, ids_M: Tensor, sizes_M: Tensor, t: Tensor | float, s: Tensor | float
+    ) -> Tensor:
         """q(x_t | x_s) q_s(x_s | p) / q_t(x_t | p), the reverse step where p does not see x_t itself. It makes no
         difference whether it does where the noise is `<mask>` alone."""
         count, size = log_probs_MV.shape
-        clean_t, uniform_t, mask_t = self._shares_at(t)
-        clean_s, uniform_s, mask_s = self._shares_at(s)
+        (clean_t, uniform_t, mask_t), (clean_s, uniform_s, mask_s) = (self._shares_at(at, ids_M) for at in (t, s))
         kept = clean_t / clean_s
         each_M1, ids_M1 = 1 / sizes_M[:, None].double(), ids_M[:, None]
         # q(x_t | x_s) at every x_s: what arrives at x_t from anywhere, and more from x_t itself.
-        of_code, of_mask = max(0.0, uniform_t - kept * uniform_s), max(0.0, mask_t - kept * mask_s)
+        of_code, of_mask = (uniform_t - kept * uniform_s).clamp_min(0), (mask_t - kept * mask_s).clamp_min(0)
         arrives_M1 = torch.where(ids_M1 < size, of_code * each_M1, of_mask)
         there_MV = torch.arange(size, device=ids_M.device) < sizes_M[:, None]
         before_MV = clean_s * log_probs_MV.double().exp() + uniform_s * each_M1 * there_MV
-        before_MX = torch.cat([before_MV, before_MV.new_full((count, 1), mask_s)], 1)
+        before_MX = torch.cat([before_MV, mask_s.expand(count, 1)], 1)
         joint_MX = (arrives_M1 * before_MX).scatter_add_(1, ids_M1, kept * before_MX.gather(1, ids_M1))
         # A model may rule out a token that cannot change any more. The limit of the step then keeps it.
         joint_MX.scatter_add_(1, ids_M1, (joint_MX.sum(1, keepdim=True) == 0).double())
         return (joint_MX / joint_MX.sum(1, keepdim=True)).log()
 
-    def _shares_at(self, t: float) -> tuple[float, float, float]:
-        """The shares at a time; 0 is clean, whatever a schedule leaves of noise there."""
-        if t == 0:
-            return 1.0, 0.0, 0.0
-        clean, uniform, mask = (float(share) for share in self.shares(torch.tensor(t, dtype=torch.float64)))
-        return clean, uniform, mask
+    def _shares_at(self, t: Tensor | float, ids_M: Tensor) -> Shares:
+        """The shares at times, [M, 1] or [1, 1]; 0 is clean, whatever a schedule leaves of noise there."""
+        t_M1 = torch.as_tensor(t, dtype=torch.float64, device=ids_M.device).view(-1, 1)
+        clean, uniform, mask = self.shares(t_M1.where(t_M1 > 0, 1.0))
+        return Shares(clean.where(t_M1 > 0, 1.0), uniform.where(t_M1 > 0, 0.0), mask.where(t_M1 > 0, 0.0))

@@ -87,12 +87,14 @@ class Process(ABC):  # jsonargparse cannot build a default for a typing.Protocol
         """Fully noised tokens, int64 local ids [M], of spans of these sizes; the size stands for `<mask>`."""
 
     @abstractmethod
-    def posterior(self, log_probs_MV: Tensor, ids_M: Tensor, sizes_M: Tensor, t: float, s: float) -> Tensor:
+    def posterior(
+        self, log_probs_MV: Tensor, ids_M: Tensor, sizes_M: Tensor, t: Tensor | float, s: Tensor | float
+    ) -> Tensor:
         """The reverse step from t to s < t: log p(x_s | x_t), float64 [M, X].
 
         Args:
             log_probs_MV: the model's log-probabilities of x_0; -inf beyond a span.
             ids_M: local ids of x_t; V stands for `<mask>`.
             sizes_M: how many ids the span of each token has, at most V.
-            t, s: times; 0 is clean.
+            t, s: times, one for all tokens or float64 [M]; 0 is clean.
         """

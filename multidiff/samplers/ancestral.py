@@ -19,7 +19,7 @@ from multidiff.samplers.checks import check_known, check_table
 from multidiff.samplers.frames import Frames, draw_frames
 from multidiff.samplers.guidance import Guidance
 from multidiff.samplers.protocol import SamplerOutput
-from multidiff.samplers.state import State, draw_uniform
+from multidiff.samplers.state import State, draw_uniform, noise_at_start
 from multidiff.samplers.token_sampling import TokenSampling, check_finite
 from multidiff.samplers.unmasking import check_steps
 
@@ -31,12 +31,14 @@ class AncestralState(State):
     """`State`, with what an `AncestralSampler` remembers.
 
     Attributes:
+        time_R: float64, the time that the run starts from; 1 unless it goes on from a draft.
         left_R: float64, how much noise there is left.
         sizes_RN: int64, how many ids each position has.
         eos_RN: int64, local id of EOS at each position; -1 where the content cannot end.
         frames: which positions are EOS or content together; None where each stands alone.
     """
 
+    time_R: Tensor
     left_R: Tensor
     sizes_RN: Tensor
     eos_RN: Tensor
@@ -52,7 +54,8 @@ class AncestralSampler:
 
     Where noise is uniform or mixed, every step may change every token, those that it has set before included. No
     position counts as decided before the last step, in which codes of a frame become all EOS or all content. The
-    probability of a token is that which the model gave it when it was last set.
+    probability of a token is that which the model gave it when it was last set. A draft is taken for x_t, where t is
+    the time at which there is as much noise as it has undecided codes, or as its request says.
 
     Args:
         process: the forward process that the model was trained with.
@@ -140,6 +143,8 @@ class AncestralSampler:
         extent_RN3: Tensor | None = None,
         frame_RN: Tensor | None = None,
         sizes_RN: Tensor | None = None,
+        draft_RN: Tensor | None = None,
+        noise_R: Tensor | None = None,
         generator: Sequence[torch.Generator],
     ) -> AncestralState:
         """The state before the first step, whose `start_RN` is drawn from the prior; see `Sampler.start`."""
@@ -149,6 +154,9 @@ class AncestralSampler:
         ids_M, size = self.process.prior(sizes_RN[there_RN], uniform_M), int(sample_RN.max())
         start_RN = sample_RN.clone()
         start_RN[there_RN] = torch.where(ids_M == sizes_RN[there_RN], size, ids_M)
+        if draft_RN is not None:
+            start_RN = start_RN.where(draft_RN < 0, draft_RN)
+        time_R = self.process.time(noise_at_start(sample_RN, draft_RN, noise_R)).clamp(0, 1)
         steps_R = torch.full((len(sample_RN),), num_inference_steps or self.num_inference_steps or _STEPS)
         eos_RN = torch.full_like(sample_RN, -1) if eos_RN is None else eos_RN
         nothing_RN = torch.zeros_like(there_RN)
@@ -157,7 +165,8 @@ class AncestralSampler:
             levels_RN,
             steps_R,
             start_RN=start_RN,
-            left_R=self._noise(1.0).expand(len(sample_RN)),
+            time_R=time_R,
+            left_R=self.process.noise(time_R),
             sizes_RN=sizes_RN,
             eos_RN=eos_RN,
             frames=None if frame_RN is None else Frames.of(frame_RN, levels_RN, eos_RN, nothing_RN, nothing_RN),
@@ -178,7 +187,7 @@ class AncestralSampler:
         generator: Sequence[torch.Generator],
     ) -> SamplerOutput:
         """One step of the reverse process, which takes a random number for each position."""
-        t, s = (timestep + 1) / state.steps, timestep / state.steps
+        t_R, s_R = state.time_R * (timestep + 1) / state.steps, state.time_R * timestep / state.steps
         device, logits_MV = model_output.device, model_output.double()
         log_probs_MV = torch.log_softmax(logits_MV, -1)
         if self.temperature == 0:
@@ -186,15 +195,18 @@ class AncestralSampler:
             sharp_MV = torch.full_like(log_probs_MV, -torch.inf).scatter(1, best_M1, 0.0)
         else:
             sharp_MV = log_probs_MV if self.temperature == 1 else torch.log_softmax(logits_MV / self.temperature, -1)
-        ids_M, sizes_M, uniform_M = (
+        row_M = torch.nonzero(where)[:, 0]
+        ids_M, sizes_M, t_M, s_M, uniform_M = (
             table.to(device, non_blocking=True)
             for table in (
                 sample_RN[where],
                 state.sizes_RN[where],
+                t_R[row_M],
+                s_R[row_M],
                 draw_uniform(where.sum(1).tolist(), 1, generator)[:, 0],
             )
         )
-        log_MX = self.process.posterior(sharp_MV, ids_M, sizes_M, t, s)
+        log_MX = self.process.posterior(sharp_MV, ids_M, sizes_M, t_M, s_M)
         token_M = TokenSampling().sample(log_MX, uniform_M).token_M
         said_M = log_probs_MV.gather(1, token_M.clamp_max(log_probs_MV.shape[1] - 1)[:, None])[:, 0]
         # One transfer; float64 holds ids exactly.
@@ -211,8 +223,5 @@ class AncestralSampler:
                 # What its frame makes content is noise if it says EOS: the model alone says what else it is.
                 tables = (made_RN, probs_RN, where, model_output.to(sample_RN.device), where)
                 made_RN, probs_RN = draw_frames(state.frames, *tables, TokenSampling(self.temperature), generator)
-        left_R = self._noise(s).expand(len(sample_RN))
+        left_R = self.process.noise(s_R)
         return SamplerOutput(made_RN, replace(state, undecided_RN=undecided_RN, probs_RN=probs_RN, left_R=left_R))
-
-    def _noise(self, t: float) -> Tensor:
-        return self.process.noise(torch.tensor(t, dtype=torch.float64))

@@ -81,6 +81,30 @@ class Parts:
         if self.blocks.cache not in ("auto", "none") and remask != "none":
             refuse(("cache", self.blocks.cache), ("remask", remask))
 
+    def check_draft(self, *, complete: bool) -> None:
+        """Refuse settings that cannot go on from a draft.
+
+        Args:
+            complete: whether a draft leaves no code undecided.
+
+        Raises:
+            ValueError: it names the setting.
+        """
+        unmasking, remask = self.unmasking.unmasking, self.remasking.remask
+        if remask == "conf":
+            raise ValueError(
+                "remask 'conf' does not go with a draft, of whose codes nobody knows how probable they were."
+            )
+        if complete and remask == "none":
+            raise ValueError(
+                "remask 'none' changes nothing of a draft that is complete. Set remask to 'edit' (or to another one, "
+                "with unmasking 'ancestral'), or leave some codes undecided."
+            )
+        if complete and self.unmasking.is_adaptive:
+            raise ValueError(
+                f"unmasking {unmasking!r} stops once all is decided, so it changes nothing of a draft that is complete."
+            )
+
     def check_pattern(self, pattern: AttentionPattern) -> None:
         """Refuse settings that do not fit a model's attention.
 

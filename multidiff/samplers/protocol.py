@@ -154,6 +154,10 @@ class Sampler(Protocol):
         number of the block of attention that each position is in, -1 at padding. Each block must then be finished
         before a higher one starts, and an EOS ends the work: positions of later blocks are EOS as well.
 
+        A sampler that revises what it has decided also goes on from drafts if it takes `draft_RN`, int64, the local id
+        at each position that counts as decided, negative elsewhere; and `noise_R`, float64, how much noise it must at
+        least presume in each row.
+
         Args:
             sample_RN: int64, V at positions to fill in, -1 at padding, which follows them.
             levels_RN: int64, residual levels.

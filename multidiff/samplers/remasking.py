@@ -72,15 +72,24 @@ class Remasking:
         """Whether decided tokens may be replaced."""
         return self.remask == "edit"
 
-    def alphas(self, index: int, steps_R: Tensor) -> Tensor:
+    def time(self, noise_R: Tensor) -> Tensor:
+        """The t at which α = 1 - `noise_R`; t_on for the α of "loop"."""
+        if self.remask != "loop":
+            return noise_R
+        t_on, t_off, plateau = self.loop or LOOP
+        rising_R = 1 - (1 - noise_R) / plateau * (1 - t_on)
+        last_R = noise_R / (1 - plateau) * t_off
+        return torch.where(noise_R >= 1 - plateau, rising_R, last_R)
+
+    def alphas(self, index: int, steps_R: Tensor, time_R: Tensor) -> Tensor:
         """α_t and α_s, float64 [R, 2]: α before and after step k of K.
 
-        α = 1 - t, and t falls from 1 to 0. "loop" rises to its α at t_on, stays there until t_off, and rises to 1
-        (section 4.3 of the paper).
+        α = 1 - t, and t falls from `time_R`, usually 1, to 0. "loop" rises to its α at t_on, stays there until t_off,
+        and rises to 1 (section 4.3 of the paper).
         """
         index_R = torch.full_like(steps_R, index)
         t_R2 = 1 - torch.stack([index_R, index_R + 1], -1).double() / steps_R[:, None]
-        t_R2 = t_R2.clamp_min(0)
+        t_R2 = t_R2.clamp_min(0) * time_R[:, None]
         if self.remask != "loop":
             return 1 - t_R2
         t_on, t_off, plateau = self.loop or LOOP
@@ -88,7 +97,7 @@ class Remasking:
         last_R2 = 1 - (1 - plateau) * t_R2 / t_off
         return torch.where(t_R2 > t_on, rising_R2, torch.where(t_R2 > t_off, plateau, last_R2))
 
-    def sigma(self, index: int, steps_R: Tensor, probs_RN: Tensor) -> Tensor:
+    def sigma(self, index: int, steps_R: Tensor, time_R: Tensor, probs_RN: Tensor) -> Tensor:
         """σ, float64 [R, N], at step k of K.
 
         "cap": min(η, σ_max). "rescale": η σ_max. "loop": min(η, σ_max) while t_off < t ≤ t_on, 0 outside. "conf":
@@ -97,11 +106,12 @@ class Remasking:
         Args:
             index: k, from 0.
             steps_R: K.
+            time_R: the time of step 0.
             probs_RN: probability of each decided token when it was decided; NaN elsewhere.
         """
         if not self.masks_again:
             return torch.zeros_like(probs_RN)
-        before_R1, after_R1 = self.alphas(index, steps_R).split(1, dim=1)
+        before_R1, after_R1 = self.alphas(index, steps_R, time_R).split(1, dim=1)
         most_R1 = ((1 - after_R1) / before_R1.clamp_min(1e-12)).clamp(0, 1)
         if self.remask == "conf":
             return torch.softmax((-probs_RN).masked_fill(probs_RN.isnan(), -torch.inf), 1).nan_to_num(0.0) * most_R1
@@ -111,23 +121,29 @@ class Remasking:
         capped_R1 = most_R1.clamp_max(self.eta)
         if self.remask == "loop":
             t_on, t_off, _ = self.loop or LOOP
-            t_R1 = (1 - index / steps_R.double())[:, None]
+            t_R1 = (time_R * (1 - index / steps_R.double()))[:, None]
             capped_R1 = torch.where((t_R1 <= t_on) & (t_R1 > t_off), capped_R1, 0.0)
         return capped_R1.expand_as(probs_RN)
 
     def transition(
-        self, index: int, steps_R: Tensor, undecided_RN: Tensor, probs_RN: Tensor, uniform_RN: Tensor
+        self,
+        index: int,
+        steps_R: Tensor,
+        time_R: Tensor,
+        undecided_RN: Tensor,
+        probs_RN: Tensor,
+        uniform_RN: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """decide_RN and remask_RN, bool: which positions step k unmasks and masks again, each by itself.
 
         Args:
             index: k, from 0.
-            steps_R: K.
+            steps_R, time_R: see `sigma`.
             undecided_RN: bool, the positions that are masked before the step.
             probs_RN: see `sigma`.
             uniform_RN: float64, a random number for each position; 1 at padding.
         """
-        sigma_RN = self.sigma(index, steps_R, probs_RN)
-        before_R1, after_R1 = self.alphas(index, steps_R).split(1, dim=1)
+        sigma_RN = self.sigma(index, steps_R, time_R, probs_RN)
+        before_R1, after_R1 = self.alphas(index, steps_R, time_R).split(1, dim=1)
         decide_RN = (after_R1 - (1 - sigma_RN) * before_R1) / (1 - before_R1)
         return undecided_RN & (uniform_RN < decide_RN), ~undecided_RN & (uniform_RN < sigma_RN)

@@ -197,6 +197,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         frame_RN: Tensor | None = None,
         sizes_RN: Tensor | None = None,
         block_RN: Tensor | None = None,
+        draft_RN: Tensor | None = None,
+        noise_R: Tensor | None = None,
         generator: Sequence[torch.Generator],
     ) -> MaskState:
         """The state before the first step; see `Sampler.start`. A random order is drawn here."""
@@ -210,6 +212,8 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             extent_RN3,
             frame_RN,
             block_RN,
+            draft_RN,
+            noise_R,
             generator,
         )
 
@@ -218,7 +222,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         positions of the current block. Editing also reads the decided ones."""
         where_RN = state.candidates_RN if state.next_RN is None else state.next_RN
         if self.parts.remasking.edits:
-            where_RN = where_RN | (state.decided_RN & where_RN.any(1, keepdim=True))
+            where_RN = where_RN | (state.decided_RN & (where_RN.any(1) | state.draft_R)[:, None])
         return where_RN
 
     def step(

@@ -45,28 +45,30 @@ class State:
         steps_R: Tensor,
         block_RN: Tensor | None = None,
         start_RN: Tensor | None = None,
+        draft_RN: Tensor | None = None,
         **more: Any,
     ) -> Self:
-        """The state in which nothing is decided.
+        """The state in which nothing is decided, or nothing but a draft.
 
         Args:
             sample_RN: V at positions to fill in, -1 at padding.
             levels_RN: residual levels.
             steps_R: K of each row.
             block_RN: see `State`; None puts all positions of a row in one block.
-            start_RN: see `State`; None starts from `sample_RN`.
+            start_RN: see `State`; None starts from `sample_RN`, and from the draft where there is one.
+            draft_RN: local ids that count as decided, negative elsewhere; None decides nothing.
             more: fields of a subclass.
         """
-        undecided_RN = sample_RN >= 0
+        there_RN, draft_RN = sample_RN >= 0, torch.full_like(sample_RN, -1) if draft_RN is None else draft_RN
         block_RN = torch.zeros_like(levels_RN) if block_RN is None else block_RN
         return cls(
             steps=int(steps_R.max()),
             steps_R=steps_R.to(sample_RN.device),
             mask_token_id=int(sample_RN.max()),
-            start_RN=sample_RN if start_RN is None else start_RN,
-            undecided_RN=undecided_RN,
+            start_RN=sample_RN.where(draft_RN < 0, draft_RN) if start_RN is None else start_RN,
+            undecided_RN=there_RN & (draft_RN < 0),
             levels_RN=levels_RN,
-            block_RN=block_RN.masked_fill(~undecided_RN, -1),
+            block_RN=block_RN.masked_fill(~there_RN, -1),
             probs_RN=torch.full(sample_RN.shape, torch.nan, dtype=torch.float64, device=sample_RN.device),
             **more,
         )
@@ -92,6 +94,20 @@ class State:
     def candidates_RN(self) -> Tensor:
         """bool: the undecided positions of each row's current block."""
         return self.undecided_RN & (self.block_RN == self.current_block_R[:, None])
+
+
+def noise_at_start(sample_RN: Tensor, draft_RN: Tensor | None, noise_R: Tensor | None) -> Tensor:
+    """float64 [R]: how much noise to presume in each row before the first step: the share of codes that are undecided,
+    but at least `noise_R`.
+
+    Args:
+        sample_RN, draft_RN, noise_R: as `Sampler.start` takes them.
+    """
+    if draft_RN is None:
+        return torch.ones(len(sample_RN), dtype=torch.float64, device=sample_RN.device)
+    there_RN = sample_RN >= 0
+    share_R = (there_RN & (draft_RN < 0)).sum(1).double() / there_RN.sum(1)
+    return share_R if noise_R is None else torch.maximum(share_R, noise_R)
 
 
 def draw_uniform(counts_R: Sequence[int], numbers: int, generator: Sequence[torch.Generator]) -> Tensor:

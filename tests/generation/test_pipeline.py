@@ -125,7 +125,7 @@ def test_bad_requests(pipe):
         ([[Blank("nose")]], {}, "no tokenizer is called 'nose'; this vocabulary has picture, speech, note"),
         ([[Given("nose", 1), Blank("note")]], {}, "no tokenizer is called 'nose'"),
         ([[Blank("picture", frames=3)]], {}, "canvas of picture"),
-        ([["note", Blank("note")]], {}, "document 0: expected a Given, Blank or Masked segment, got 'note'"),
+        ([["note", Blank("note")]], {}, "document 0: expected a Given, Blank, Masked or Draft segment, got 'note'"),
         ([[Blank("note")]], {"guidance_scale": 2.0}, "document 0 has no given segment"),
         (
             [[Blank("note")]],

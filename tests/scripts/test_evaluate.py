@@ -135,6 +135,27 @@ def test_likelihood(main, monkeypatch, capsys, folder):
         main()
 
 
+def test_correction(main, monkeypatch, capsys, folder):
+    make({"text": BPETokenizer(), "image": VQTokenizer()}, dtype=torch.float32).save_pretrained(folder / "model")
+    records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        record["segments"] = [part for part in record["segments"] if "speech" not in part]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    kept = '{"remask": "edit", "editing_threshold": 1.0, "num_inference_steps": 2}'
+    noised = '{"order": "random", "unmasking": "ancestral", "remask": "rescale", "eta": 1.0, "num_inference_steps": 3}'
+    command = ["evaluate.py", "correction", "--data", str(folder), "--model", str(folder / "model"), "--name", "image"]
+    monkeypatch.setattr("sys.argv", [*command, "--noise", "0.5", "--samplers", kept, noised])
+    main()
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert f"| `{kept}` | 0.000 ± 0.000 | 0.000 ± 0.000 | 0.000 ± 0.000 | 1.0 |" in printed
+    assert found[kept]["repaired"] == {"count": 0, "of": 6 * 2, "standard_error": 0.0}  # 2 of 16 codes each
+    assert found[noised]["spoiled"]["count"] > 0
+    monkeypatch.setattr("sys.argv", [*command, "--samplers", '{"remask": "all"}'])
+    with pytest.raises(SystemExit, match=r'--samplers \{"remask": "all"\}: remask'):
+        main()
+
+
 def test_what_is_not_there_is_named(main, monkeypatch, capsys, folder):
     with pytest.raises(SystemExit, match=r"no document in split 'test' has a segment 'sound'"):
         evaluate(main, monkeypatch, capsys, folder, "sound", {"plugin": "bpe"})
