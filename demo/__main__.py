@@ -111,7 +111,7 @@ def _stages(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         *("--seed_everything", seed),
         *("--trainer.default_root_dir", output),
         *("--trainer.max_time", f"00:{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}"),
-        *("--data.init_args.folder", data),
+        *("--data.init_args.source", data),
         *("--model.init_args.tokenizers.text", json.dumps({"plugin": "bpe", "folder": text})),
         *subject.model,
     ]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from demo.corpus import is_real, label_of, read_names
 from demo.judges import CaptionJudge, ColourJudge, ImageJudge, Judge, PocketsphinxJudge, SpeechJudge
 from multidiff import Blank, Given, MultiDiffPipeline
-from multidiff.data.folder import Record, read_metadata
+from multidiff.data.sources.folder import Record, read_metadata
 from multidiff.seeding import generator_for
 
 DIRECTIONS = {  # name: (tokenizer of what is given, tokenizer of what is made)

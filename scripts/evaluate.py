@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multidiff import Audio, Codes, Given, ModalityTokenizer, MultiDiffPipeline, evaluation, plugins
 from multidiff.checkpoints.parts import load_sampler
-from multidiff.data.folder import SPLITS, file_states, read_metadata
 from multidiff.data.length import LongDocuments
+from multidiff.data.sources.folder import SPLITS, file_states, read_metadata
 from multidiff_encodec.mel import MelLoss
 from multidiff_sound import SoundTokenizer
 from multidiff_sound.sound import to_mono

@@ -119,11 +119,12 @@ def test_is_interrupted_and_goes_on(path, data, series, written, tmp_path, monke
     if path == TEMPLATE:
         monkeypatch.syspath_prepend(series)
         monkeypatch.syspath_prepend(TEMPLATE.parent)
-        arguments += ["--data.init_args.folder", str(series)]
+        arguments += ["--data.init_args.source", str(series)]
     elif path.stem.rpartition("-")[0] in written or path.stem in written:
-        arguments += ["--data.init_args.folder", str(written[path.stem.rpartition("-")[0] or path.stem])]
+        arguments += ["--data.init_args.source", str(written[path.stem.rpartition("-")[0] or path.stem])]
     else:
-        arguments += ["--data.init_args.folder", str(data)]
+        key = "folder" if path.parent.name == "tokenizers" else "source"
+        arguments += [f"--data.init_args.{key}", str(data)]
     if path.parent.name == "configs":
         BPETokenizer.train(["number 1 2 3 4"] * 3, 270).save(tmp_path)
         arguments += ["--model.init_args.tokenizers.text", json.dumps({"plugin": "bpe", "folder": str(tmp_path)})]

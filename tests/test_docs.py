@@ -24,7 +24,7 @@ import multidiff
 from multidiff import MaskSampler
 from multidiff.checkpoints import load_sampler
 from multidiff.cli import configuration
-from multidiff.data.folder import parse_metadata
+from multidiff.data import read_metadata
 from multidiff.objectives import Task
 from tests.helpers.paths import ROOT
 
@@ -115,8 +115,9 @@ def test_imports_of_examples(code):
 
 
 @pytest.mark.parametrize("code", blocks("json"))
-def test_documents_are_read(code):
-    assert len(parse_metadata(code.encode(), Path("metadata.jsonl"))) == len(code.splitlines())
+def test_documents_are_read(code, tmp_path):
+    (tmp_path / "metadata.jsonl").write_text(code, encoding="utf-8")
+    assert len(read_metadata(tmp_path)) == len(code.splitlines())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -175,7 +176,7 @@ def test_commands_exist(code):
         words = re.sub(r"'[^']*'", "VALUE", line).split(" #")[0].split()
         words = [word.removeprefix(".venv/bin/") for word in words]
         match words:
-            case ["multidiff", "fit" | "validate" | "test", *rest]:
+            case ["multidiff", "fit" | "validate" | "test" | "tokenize", *rest]:
                 check_training(rest)
             case ["multidiff", "generate", *rest]:
                 check_options(rest, ROOT / "multidiff" / "cli" / "generate.py")

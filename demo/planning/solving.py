@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from demo.planning.corpus import read_family
 from multidiff import Blank, Given, MaskSampler, MultiDiffPipeline
-from multidiff.data.folder import SPLITS, read_metadata
+from multidiff.data import read_metadata
+from multidiff.data.sources import SPLITS
 from multidiff.seeding import generator_for
 
 _LONGEST = 1000  # answers among which the one with most codes is looked for

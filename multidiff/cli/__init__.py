@@ -1,6 +1,7 @@
 """The `multidiff` command. It looks at the first argument before it imports anything heavy.
 
 multidiff fit|validate|test --config digits                          train and evaluate with Lightning
+multidiff tokenize --config digits                                   tokenize the documents of a training before it
 multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blank segments of a document
 multidiff plugins                                                    list the installed tokenizer plugins
 multidiff new-tokenizer melody                                       create a package for a new plugin
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from multidiff import __version__
 from multidiff.cli.errors import UserError, reported
 
-_TRAINING = ("fit", "validate", "test")
+_TRAINING = ("fit", "validate", "test", "tokenize")
 _HELP = """usage: multidiff [--help] [--version] COMMAND ...
 
 One masked diffusion transformer for text, images, audio, and every modality that a plugin adds.
@@ -23,6 +24,7 @@ Training, with --config FILE or --config NAME for a shipped configuration such a
   fit            Train a model or a tokenizer.
   validate       Compute the metrics on the validation split.
   test           Compute the metrics on the test split.
+  tokenize       Tokenize the documents once, on one or several devices. fit does so too, on one device.
 
 Generation:
   generate       Fill in the blank segments of a document.

@@ -34,6 +34,7 @@ _DESCRIPTIONS = {
     "fit": "Train a model or a tokenizer.",
     "validate": "Compute the metrics on the validation split.",
     "test": "Compute the metrics on the test split.",
+    "tokenize": "Tokenize the documents once, on all devices of the trainer.",
 }
 _DEFAULT_CLASSES = {"model": "multidiff.training.MaskedDiffusionModule", "data": "multidiff.data.DocumentDataModule"}
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

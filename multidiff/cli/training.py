@@ -1,4 +1,4 @@
-"""`multidiff fit`, `validate` and `test`: Lightning's command line with multidiff's errors and defaults."""
+"""`multidiff fit`, `validate`, `test` and `tokenize`: Lightning's command line with multidiff's errors and defaults."""
 
 from __future__ import annotations
 
@@ -9,31 +9,56 @@ from typing import Any
 from multidiff.cli.errors import UserError
 from multidiff.cli.precision import fastest_precision
 
+_TOKENIZING = {
+    "precision": "32-true",  # codes must not depend on the precision of a training
+    "callbacks": None,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "max_time": None,
+}
+
 
 def main(arguments: list[str]) -> None:
     """Run a training command.
 
     Args:
-        arguments: the command line, from "fit", "validate" or "test" on.
+        arguments: the command line, from "fit", "validate", "test" or "tokenize" on.
 
     Raises:
         UserError: the command line or the configuration is wrong.
     """
-    from jsonargparse import set_parsing_settings
+    from jsonargparse import Namespace, set_parsing_settings
     from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
     from omegaconf import OmegaConf
 
     from multidiff.checkpoints.lightning import check_checkpoint
     from multidiff.cli import configuration
+    from multidiff.data import DocumentDataModule
     from multidiff.training.checkpoints import Checkpoints
 
     command = arguments[0]
 
+    class TokenizingTrainer(Trainer):
+        def tokenize(self, model: LightningModule | None = None, datamodule: Any = None) -> None:
+            """Tokenize the documents of the data module."""
+            if not isinstance(datamodule, DocumentDataModule):
+                raise ValueError(
+                    f"data is a {type(datamodule).__name__}, which has nothing to tokenize. Give the configuration of "
+                    "a model of documents."
+                )
+            datamodule.tokenize(self)
+
     class CLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> configuration.Parser:
             return configuration.make_parser(**kwargs)
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {**LightningCLI.subcommands(), "tokenize": {"model", "datamodule"}}
 
         def _parse_ckpt_path(self) -> None:
             """Ignore the hyper-parameters in a checkpoint; the configuration and the command line decide."""
@@ -46,6 +71,10 @@ def main(arguments: list[str]) -> None:
         def before_instantiate_classes(self) -> None:
             if path := self._get(self.config, "ckpt_path"):
                 check_checkpoint(path)
+            if command == "tokenize":  # of the configuration of a training, the data and the devices
+                # A model is required, but this one need not be built.
+                self.config[command].model = Namespace(class_path="lightning.pytorch.LightningModule")
+                self.config[command].trainer.update(Namespace(**_TOKENIZING))
             if command == "fit":  # not saved with the configuration, so that a later run of it removes nothing
                 self._overwrite = self.config[command].pop("overwrite")
 
@@ -66,6 +95,8 @@ def main(arguments: list[str]) -> None:
     try:
         CLI(
             args=None if arguments == sys.argv[1:] else arguments,
+            trainer_class=TokenizingTrainer,
+            save_config_callback=None if command == "tokenize" else SaveConfigCallback,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -1,7 +1,18 @@
-"""Data: folders a user can write by hand, tokenized once into shards, served as batches."""
+"""Data: sources of documents, tokenized once into shards, served as batches."""
 
 from multidiff.data.batches import EpochBatches, ShuffledBatches
-from multidiff.data.folder import read_metadata
 from multidiff.data.module import BatchedData, DocumentDataModule
+from multidiff.data.sources import Folder, Mixture, Source, Table
+from multidiff.data.sources.folder import read_metadata
 
-__all__ = ["BatchedData", "DocumentDataModule", "EpochBatches", "ShuffledBatches", "read_metadata"]
+__all__ = [
+    "BatchedData",
+    "DocumentDataModule",
+    "EpochBatches",
+    "Folder",
+    "Mixture",
+    "ShuffledBatches",
+    "Source",
+    "Table",
+    "read_metadata",
+]

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multidiff.data.batches import DocumentKey
+from multidiff.data.batches import EVALUATION, DocumentKey
 from multidiff.data.documents import Documents, check_eos_padding
 from multidiff.data.length import LongDocuments, select
-from multidiff.data.module import EVALUATION
-from multidiff.data.tokenized import open_split, shards
+from multidiff.data.sources import Folder
+from multidiff.data.splits import Split
+from multidiff.data.tokenizing import check_split, tokenize
 from multidiff.evaluation.likelihood import JOINT, BoundSums, Estimator, EvaluationBatch, likelihood, modes
 from multidiff.generation import MultiDiffPipeline
 from multidiff.generation.pipeline import evaluating
@@ -166,14 +167,16 @@ def measure_folder(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}.")
     check_eos_padding(max_eos_padding or {}, pipe.tokenizers)
-    place = shards(folder, pipe.tokenizers, pipe.vocabulary)
-    rows = open_split(place, split)
-    selection = select(rows, split, pipe.tokenizers, max_seq_length, long_documents, folder / "metadata.jsonl")
+    source = Folder(folder)
+    shards = tokenize(source, pipe.tokenizers, pipe.vocabulary)
+    check_split(shards, split, source)
+    found = Split(shards, split, source)
+    selection, counts = select(found, pipe.tokenizers, max_seq_length, long_documents)
     canvas = pipe.seen.canvas if pipe.seen else {}
     usual = {name: next(iter(size.values())) for name, size in canvas.items()}
-    documents = Documents(rows, selection, pipe.sequencer, usual, max_eos_padding or {}, seed, shuffled=False)
+    documents = Documents([(found, selection)], pipe.sequencer, usual, max_eos_padding or {}, seed, shuffled=False)
     keys = [DocumentKey(EVALUATION, number, number) for number in range(len(documents))][:max_documents]
-    bounds = Bounds(dict.fromkeys(label for labels in rows["labels"] for label in labels), pipe.transformer.device)
+    bounds = Bounds(counts.labels, pipe.transformer.device)
 
     def measure(some: EvaluationBatch, mode: str) -> tuple[Tensor, Tensor]:
         return likelihood(pipe.transformer, pipe.vocabulary, some, mode, draws, pipe.processes, estimator)

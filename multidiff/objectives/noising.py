@@ -168,7 +168,7 @@ class Noising:
             t_S = torch.where(alone_D[batch.document_S] & target_S, spread_S, t_S)
         keys, lengths, streams = [one.key for one in drawn], [one.length for one in drawn], itertools.count(1)
         twin_D = torch.tensor([one.twin for one in drawn])
-        twin_S, twin_P = twin_D[batch.document_S], torch.repeat_interleave(twin_D, torch.tensor(lengths))
+        twin_S, twin_P = twin_D[batch.document_S], twin_D[batch.document_P]
 
         def uniform() -> Tensor:
             numbers_P = uniforms(keys, lengths, next(streams))

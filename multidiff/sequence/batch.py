@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +43,10 @@ class Layout(NamedTuple):
         varies: whether the length of its items varies.
     """
 
-    offset_T: Tensor
-    positions_T3: Tensor
-    coords_T3: Tensor
-    span_T: Tensor
+    offset_T: np.ndarray
+    positions_T3: np.ndarray
+    coords_T3: np.ndarray
+    span_T: np.ndarray
     tokens: int
     extent: int
     place: int
@@ -94,7 +95,8 @@ class TokenBatch:
     @property
     def document_P(self) -> Tensor:
         """int64, the document of each token."""
-        return torch.repeat_interleave(self.document_starts.long().diff())
+        lengths_D = np.diff(self.document_starts.numpy())
+        return torch.from_numpy(np.repeat(np.arange(len(lengths_D)), lengths_D))
 
     def spread(self, value_S: Tensor, elsewhere: float) -> Tensor:
         """A value per segment at each of its codes; `elsewhere` at structure."""
@@ -120,52 +122,51 @@ def lay_out(documents: Sequence[Document], layouts: Sequence[Sequence[Layout]]) 
     """
     if not documents or not all(documents):
         raise ValueError("A batch needs at least one document, and a document at least one segment.")
+    # In NumPy: these tables are too small for PyTorch's threads, which would be woken for each of them.
     segments = [segment for document in documents for segment in document]
     flat = [layout for of_document in layouts for layout in of_document]
-    number_D = torch.tensor([len(document) for document in documents])
-    document_S = torch.repeat_interleave(number_D)
-    first_D = number_D.cumsum(0) - number_D
+    number_D = np.array([len(document) for document in documents])
+    document_S = np.repeat(np.arange(len(documents)), number_D)
+    first_D = number_D.cumsum() - number_D
     # Tokens: one of <bos> for each document, and T = N + 2 for each segment.
-    tokens_S = torch.tensor([layout.tokens for layout in flat])
-    tokens_D = torch.ones_like(number_D).index_add(0, document_S, tokens_S)
-    starts = torch.zeros(len(documents) + 1, dtype=torch.int32)
-    starts[1:] = tokens_D.cumsum(0)
-    begin_S = tokens_S.cumsum(0) - tokens_S + document_S + 1  # place in P of each begin token
-    bos_D = starts[:-1].long()
-    inside_P = torch.ones(int(starts[-1]), dtype=torch.bool)
-    inside_P[bos_D] = False
+    tokens_S = np.array([layout.tokens for layout in flat])
+    starts = np.concatenate([[0], (1 + np.add.reduceat(tokens_S, first_D)).cumsum()])
+    begin_S = tokens_S.cumsum() - tokens_S + document_S + 1  # place in P of each begin token
+    inside_P = np.ones(starts[-1], bool)
+    inside_P[starts[:-1]] = False
 
-    def whole(parts: list[Tensor], bos: int) -> Tensor:
-        values = torch.cat(parts)
-        result = values.new_full((len(inside_P), *values.shape[1:]), bos)
+    def whole(parts: list[np.ndarray], bos: int) -> np.ndarray:
+        values = np.concatenate(parts)
+        result = np.full((len(inside_P), *values.shape[1:]), bos, values.dtype)
         result[inside_P] = values
         return result
 
     span_P = whole([layout.span_T for layout in flat], -1)
-    segment_P = whole([torch.repeat_interleave(tokens_S)], -1)
+    segment_P = whole([np.repeat(np.arange(len(flat)), tokens_S)], -1)
     code_P = span_P >= 0
+    segment_P[~code_P] = -1
     ids_P = whole([layout.offset_T for layout in flat], BOS)
-    ids_P[code_P] += torch.cat([segment.ids_N for segment in segments])
-    known_P = torch.ones_like(code_P)
-    known_P[code_P] = torch.cat([segment.known_N for segment in segments])
+    ids_P[code_P] += np.concatenate([segment.ids_N.numpy() for segment in segments])
+    known_P = np.ones(len(code_P), bool)
+    known_P[code_P] = np.concatenate([segment.known_N.numpy() for segment in segments])
     # The begin token of a document's first segment stands at 1, the next one 1 behind the end token before it.
-    advance_S = torch.tensor([layout.extent + 1 for layout in flat])
-    before_S = advance_S.cumsum(0) - advance_S
+    advance_S = np.array([layout.extent + 1 for layout in flat])
+    before_S = advance_S.cumsum() - advance_S
     cursor_S = 1 + before_S - before_S[first_D][document_S]
     positions_P3 = whole([layout.positions_T3 for layout in flat], 0)
-    positions_P3[inside_P] += torch.repeat_interleave(cursor_S, tokens_S)[:, None]
+    positions_P3[inside_P] += np.repeat(cursor_S, tokens_S)[:, None]
     return TokenBatch(
-        ids_P=ids_P,
-        positions_P3=positions_P3,
-        coords_P3=whole([layout.coords_T3 for layout in flat], -1),
-        span_P=span_P,
-        segment_P=segment_P.masked_fill(~code_P, -1),
-        known_P=known_P,
-        document_starts=starts,
-        start_S=begin_S + 1,
-        length_S=tokens_S - 2,
+        ids_P=torch.from_numpy(ids_P),
+        positions_P3=torch.from_numpy(positions_P3),
+        coords_P3=torch.from_numpy(whole([layout.coords_T3 for layout in flat], -1)),
+        span_P=torch.from_numpy(span_P),
+        segment_P=torch.from_numpy(segment_P),
+        known_P=torch.from_numpy(known_P),
+        document_starts=torch.from_numpy(starts.astype(np.int32)),
+        start_S=torch.from_numpy(begin_S + 1),
+        length_S=torch.from_numpy(tokens_S - 2),
         tokenizer_S=torch.tensor([layout.place for layout in flat]),
-        document_S=document_S,
+        document_S=torch.from_numpy(document_S),
         divisor_S=torch.tensor(
             [min(s.content + layout.varies, layout.tokens - 2) for s, layout in zip(segments, flat, strict=True)]
         ),

@@ -159,10 +159,10 @@ class Sequencer:
         extent = int(segment.coords_N3.max()) + 2 if len(segment) else 1
         zero_13, structure_1 = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([-1])
         return Layout(
-            offset_T=torch.cat([torch.tensor([begin]), starts_L[segment.levels_N], torch.tensor([end])]),
-            positions_T3=torch.cat([zero_13, segment.coords_N3 + 1, zero_13 + extent]),
-            coords_T3=torch.cat([nowhere, segment.coords_N3, nowhere]),
-            span_T=torch.cat([structure_1, vocabulary.first_span[name] + segment.levels_N, structure_1]),
+            offset_T=torch.cat([torch.tensor([begin]), starts_L[segment.levels_N], torch.tensor([end])]).numpy(),
+            positions_T3=torch.cat([zero_13, segment.coords_N3 + 1, zero_13 + extent]).numpy(),
+            coords_T3=torch.cat([nowhere, segment.coords_N3, nowhere]).numpy(),
+            span_T=torch.cat([structure_1, vocabulary.first_span[name] + segment.levels_N, structure_1]).numpy(),
             tokens=len(segment) + 2,
             extent=extent,
             place=self._places[name],

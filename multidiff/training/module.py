@@ -280,6 +280,9 @@ class MaskedDiffusionModule(LightningModule):
         if isinstance(data, DocumentDataModule):
             self._labels = list(dict.fromkeys([*self._labels, *data.labels]))
             data.collate = Noising(data.sequencer, self.tasks, self.objective, self.seed, self.transformer.pattern)
+            data.copies = (1 + self.objective.complementary) * (
+                1 + (self.transformer.pattern.attention == "block_causal")
+            )
             data.collate_evaluation = partial(EvaluationBatch.of, sequencer=data.sequencer, seed=self.seed)
             if stage == "fit":
                 self.seen = data.seen

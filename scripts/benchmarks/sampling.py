@@ -32,7 +32,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Quality by the demo's judges against forward passes and seconds, for all orders and unmasking rules."""
     from demo.corpus import label_of, read_names
     from demo.metrics import fit_judges, pairs_of
-    from multidiff.data.folder import read_metadata
+    from multidiff.data.sources.folder import read_metadata
 
     pipe = MultiDiffPipeline.from_pretrained(arguments.model)
     pipe.set_progress_bar_config(disable=True)

@@ -24,7 +24,9 @@ from multidiff import MultiDiffPipeline
 from multidiff.data.batches import DocumentKey
 from multidiff.data.documents import Documents
 from multidiff.data.length import select
-from multidiff.data.tokenized import open_split, shards
+from multidiff.data.sources import Folder
+from multidiff.data.splits import Split
+from multidiff.data.tokenizing import tokenize
 from multidiff.objectives.times import SMALLEST, draw_time
 from multidiff.seeding import generator_for
 from multidiff.sequence import MASK, Document, TokenBatch
@@ -71,11 +73,12 @@ def variance(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _documents(pipe: MultiDiffPipeline, folder: Path) -> Documents:
-    rows = open_split(shards(folder, pipe.tokenizers, pipe.vocabulary), "train")
-    selection = select(rows, "train", pipe.tokenizers, None, "raise", folder / "metadata.jsonl")
+    source = Folder(folder)
+    split = Split(tokenize(source, pipe.tokenizers, pipe.vocabulary), "train", source)
+    selection, _ = select(split, pipe.tokenizers, None, "raise")
     canvas = pipe.seen.canvas if pipe.seen else {}
     usual = {name: next(iter(size.values())) for name, size in canvas.items()}
-    return Documents(rows, selection, pipe.sequencer, usual, {}, _SEED, shuffled=True)
+    return Documents([(split, selection)], pipe.sequencer, usual, {}, _SEED, shuffled=True)
 
 
 def _drawn(documents: Documents, number: int, step: int, copies: int) -> list[Document]:

@@ -309,7 +309,7 @@ model:
   init_args: {tokenizers: {text: {plugin: bpe}}, tasks: [{roles: {others: target}}]}
 data:
   class_path: multidiff.data.DocumentDataModule
-  init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}"}
+  init_args: {source: data, tokenizers: "${model.init_args.tokenizers}"}
 """
 MODULE, HELP = "model: multidiff.training.MaskedDiffusionModule: ", "Run `multidiff fit --help` for the options."
 MODULE_HELP = "Run `multidiff fit --model.help multidiff.training.MaskedDiffusionModule` for the options."

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from multidiff.data import DocumentDataModule
-from multidiff.data.folder import file_states, read_metadata
+from multidiff.data.sources.folder import file_states, read_metadata
 from tests.fuzz import metadata as metadata_fuzz
 from tests.helpers.data import write
 from tests.helpers.runs import write_folder

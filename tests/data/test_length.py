@@ -2,14 +2,14 @@
 
 import json
 from itertools import chain
-from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from multidiff.data.batches import DocumentKey
 from multidiff.data.documents import Documents
 from multidiff.data.length import select
+from multidiff.data.shards import Counts, Kind, Row, ShardFolder, write_shard
+from multidiff.data.splits import Split
 from multidiff.sequence import SharedVocabulary
 from multidiff.sequence.sequencer import Sequencer
 from tests.helpers.data import data_of, rows_of, write
@@ -19,17 +19,35 @@ TOKENIZERS = {"picture": Grid(5, 2, 3), "speech": Frames((4, 3)), "note": Frames
 SEQUENCER = Sequencer(TOKENIZERS, SharedVocabulary.of(TOKENIZERS))
 
 
-def documents_of(*rows, most=None, long="raise", split="train"):
-    """Documents of rows of (name, item), as shards hold them."""
-    listing = []
-    for line, row in enumerate(rows, start=1):
-        codes = [TOKENIZERS[name].encode([item])[0] for name, item in row]
-        ids, sizes = [one.ids_N.tolist() for one in codes], [json.dumps(one.size) for one in codes]
-        length, names = 1 + sum(2 + len(one) for one in ids), [name for name, _ in row]
-        listing.append({"line": line, "length": length, "names": names, "labels": names, "ids": ids, "sizes": sizes})
-    dataset = Dataset.from_list(listing)
-    selection = select(dataset, split, TOKENIZERS, most, long, Path("d/metadata.jsonl"))
-    return Documents(dataset, selection, SEQUENCER, usual={}, max_eos_padding={}, seed=0, shuffled=False)
+class Listed:
+    """A source, as far as messages need one."""
+
+    name = "d/metadata.jsonl"
+
+    def where(self, part, line):
+        return f"{self.name}, line {line}"
+
+
+@pytest.fixture
+def documents_of(tmp_path):
+    def make(*rows, most=None, long="raise", split="train"):
+        """Documents of rows of (name, item), as shards hold them, three in a shard."""
+        counts, infos = Counts(), []
+        for first in range(0, len(rows), 3):
+            some = []
+            for line, row in enumerate(rows[first : first + 3], start=first + 1):
+                codes = [TOKENIZERS[name].encode([item])[0] for name, item in row]
+                kinds = [
+                    Kind(name, name, json.dumps(one.size), len(one)) for (name, _), one in zip(row, codes, strict=True)
+                ]
+                counts.add(kinds)
+                some.append(Row(line, kinds, [one.ids_N.int().numpy() for one in codes]))
+            infos.append(write_shard(tmp_path, f"{split}-{first}.arrow", 0, some))
+        found = Split(ShardFolder(tmp_path, {split: infos}, {split: counts}), split, Listed())
+        selection, _ = select(found, TOKENIZERS, most, long)
+        return Documents([(found, selection)], SEQUENCER, usual={}, max_eos_padding={}, seed=0, shuffled=False)
+
+    return make
 
 
 def document(documents, index, epoch=0):
@@ -55,7 +73,8 @@ def test_length_counts_structure_and_codes(tmp_path):
     for index, length in ((0, 1 + 2 + 3), (1, 1 + 2)):
         (segment,) = document(data.documents("train"), index)
         assert data.sequencer.batch([[segment]]).ids_P.numel() - (len(segment) - segment.content) == length
-        assert data.documents("train").rows[index]["length"].to_pylist() == [length]
+        ((split, _),) = data.documents("train").parts
+        assert split.shard(0).length_D[index] == length
 
 
 def test_a_long_document_is_refused_by_file_and_line(tmp_path):
@@ -72,18 +91,21 @@ def test_a_long_document_is_refused_by_file_and_line(tmp_path):
     assert list((tmp_path / ".tokenized").iterdir()) == [place]  # the limit is none of their business
 
 
-def test_long_documents_are_skipped_counted_and_listed(caplog):
+def test_long_documents_are_skipped_counted_and_listed(documents_of, caplog):
     rows = [notes(20), notes(3), notes(30)]
     with caplog.at_level("INFO"):
         documents = documents_of(*rows, most=10, long="skip")
     assert [items(documents, index) for index in range(len(documents))] == [notes(3)]
-    assert "than max_seq_length 10 are left out: 2 of 3 in split 'train', d/metadata.jsonl, lines 1, 3." in caplog.text
+    assert (
+        "than max_seq_length 10 are left out: 2 of 3 in split 'train', "
+        "d/metadata.jsonl, line 1, d/metadata.jsonl, line 3." in caplog.text
+    )
     assert "WARNING: 67% of split 'train' is left out" in caplog.text
-    with pytest.raises(ValueError, match=r"d/metadata.jsonl: all 2 documents .* \(lines 1, 2\)"):
+    with pytest.raises(ValueError, match=r"d/metadata.jsonl: all 2 documents .*, line 1, d/metadata.jsonl, line 2\)"):
         documents_of(notes(20), notes(30), most=10, long="skip")
 
 
-def test_cropped_documents_fit_and_lose_the_ends_of_their_longest_segments():
+def test_cropped_documents_fit_and_lose_the_ends_of_their_longest_segments(documents_of):
     # 23 tokens, 9 of them <bos> and structure: 14 for codes, of which the picture takes 6, a note 2.
     row = [*notes(2), PICTURE, SPEECH, *notes(50)]
     documents = documents_of(notes(5), row, most=23, long="crop")
@@ -101,7 +123,7 @@ def test_cropped_documents_fit_and_lose_the_ends_of_their_longest_segments():
 
 
 @pytest.mark.parametrize("most", range(17, 60))
-def test_crops_are_as_long_as_fits(most):
+def test_crops_are_as_long_as_fits(documents_of, most):
     (row,) = (document(documents_of([PICTURE, SPEECH, *notes(15)], most=most, long="crop"), 0),)
     lengths = {segment.tokenizer: segment.content for segment in row}
     total = 7 + sum(lengths.values())
@@ -110,10 +132,13 @@ def test_crops_are_as_long_as_fits(most):
     assert lengths["note"] == 15 or lengths["speech"] - lengths["note"] in (-1, 0, 1)
 
 
-def test_split_keeps_all_codes_in_order():
+def test_split_keeps_all_codes_in_order(documents_of):
     rows = [notes(5), [SPEECH], notes(50), notes(17)]
     documents = documents_of(*rows, most=20, long="split")
-    assert documents.selection.rows == [0, 1, 1, 1, 2, 2, 2, 3]
+    ((_, selection),) = documents.parts
+    places = [selection.place(index) for index in range(8)]
+    assert [3 * place.shard + place.row for place in places] == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert [place.piece for place in places] == [0, 0, 1, 2, 0, 1, 2, 0]
     pieces = [items(documents, index)[0][1] for index in range(len(documents))]
     assert pieces[0] == notes(5)[0][1]
     assert list(chain(*pieces[1:4])) == SPEECH[1]
@@ -132,7 +157,7 @@ def test_split_keeps_all_codes_in_order():
         ("split", [PICTURE, PICTURE], "Only a document of one segment of varying length can be split"),
     ],
 )
-def test_what_cannot_be_cropped_or_split_is_refused(long, row, message):
+def test_what_cannot_be_cropped_or_split_is_refused(documents_of, long, row, message):
     with pytest.raises(ValueError, match=f"d/metadata.jsonl, line 2: the document has .* tokens.*{message}"):
         documents_of(notes(1), row, most=11, long=long)
 

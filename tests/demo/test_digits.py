@@ -14,7 +14,7 @@ from PIL import Image
 from demo.corpus import KINDS, is_real, label_in, label_of, read_names
 from demo.digits import MNIST, NUM_AUGMENTATIONS, corpus, prepare, split_of
 from demo.speech import DIGITS
-from multidiff.data.folder import read_metadata
+from multidiff.data.sources.folder import read_metadata
 from tests.helpers.paths import ROOT
 
 CORPUS = corpus(20, seed=0)

@@ -11,7 +11,7 @@ from demo import openmoji
 from demo.corpus import label_in, label_of, read_names
 from demo.emoji import NAMES, prepare
 from demo.openmoji import catalogue, draw
-from multidiff.data.folder import read_metadata
+from multidiff.data.sources.folder import read_metadata
 from tests.helpers.paths import ROOT
 
 SCRIPTS = ROOT / "scripts"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from demo.speech import DIGITS, VOICES, WORDS, Utterance, speak
-from multidiff.data.folder import read_metadata
+from multidiff.data.sources.folder import read_metadata
 from multidiff_sound.sound import read_sound
 from tests.helpers.paths import ROOT
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from random import Random
 
-from multidiff.data.folder import SPLITS, file_states, read_metadata
+from multidiff.data.sources.folder import SPLITS, file_states, read_metadata
 
 _VALUES = [
     *("null", "true", "-1", "1e999", "NaN", "-Infinity", "1" + "0" * 5000, '""', "[]", "{}", '"\\ud800"', '"\\u0000"'),

@@ -14,7 +14,7 @@ _TOKENIZERS = {"text": {"plugin": "bpe", "preset": "bytes"}, "title": {"plugin":
 
 _KINDS = (
     *("flip", "flip", "flip", "cut", "empty", "zero", "remove", "insert", "delete", "swap", "swap folders", "extra"),
-    *("foreign file", "foreign folder", "no folder", "folder", "pipe", "link", "edit manifest", "file"),
+    *("foreign file", "foreign folder", "no folder", "folder", "pipe", "link", "edit index", "file"),
 )
 
 
@@ -46,7 +46,7 @@ def attempt(state: dict, number: int, random: Random) -> str:
     try:
         kind = _damage(place, state["foreign"], random)
         try:
-            codes = _codes(folder)
+            codes = _after_advice(folder)
         except ValueError as error:
             if str(place) not in str(error) or "\n" in str(error):
                 raise AssertionError(f"{kind}: no sentence that names the folder: {error}") from error
@@ -57,6 +57,18 @@ def attempt(state: dict, number: int, random: Random) -> str:
         return f"read ({kind})"
     finally:
         shutil.rmtree(folder)
+
+
+def _after_advice(folder: Path):
+    """The codes, after every damaged shard that an error names is deleted, as it advises."""
+    while True:
+        try:
+            return _codes(folder)
+        except ValueError as error:
+            path, _, rest = str(error).partition(" is damaged")
+            if "Delete it" not in rest:
+                raise
+            Path(path).unlink()
 
 
 def _codes(folder: Path) -> list[list[tuple[str, list[int], dict[str, int]]]]:
@@ -92,9 +104,11 @@ def _damage(place: Path, foreign: Path, random: Random) -> str:
         del content[start:end]
     elif kind == "insert":
         content[start:start] = random.randbytes(random.randrange(1, 100))
-    elif kind == "edit manifest":
-        path = place / "manifest.json"
-        old, new = random.choice([(b'"kept": 16', b'"kept": 15'), (b'"train/', b'"trian/'), (b"part-", b"../part-")])
+    elif kind == "edit index":
+        path = place / "shards.json"
+        old, new = random.choice(
+            [(b'"left_out": 0', b'"left_out": 1'), (b'"train/', b'"trian/'), (b"00000-", b"../0-")]
+        )
         content = path.read_bytes().replace(old, new)
     if kind == "delete":
         path.unlink()
@@ -103,17 +117,15 @@ def _damage(place: Path, foreign: Path, random: Random) -> str:
     elif kind == "swap folders":
         _swap(place / "train", place / "validation")
     elif kind == "extra":
-        shutil.copytree(place / "validation" / "part-00000", place / "train" / "part-00001")
-        (place / "train" / "part-00000" / "data-00001-of-00002.arrow").write_bytes(b"other")
+        shutil.copyfile(place / "validation" / "00000-000.arrow", place / "train" / "00000-001.arrow")
+        (place / "00001-000.json").write_bytes(b"other")
     elif kind == "foreign file":
-        shutil.copyfile(
-            foreign / "train" / "part-00000" / path.name, path
-        ) if path.suffix == ".arrow" else path.unlink()
+        shutil.copyfile(foreign / "train" / "00000-000.arrow", path) if path.suffix == ".arrow" else path.unlink()
     elif kind == "foreign folder":
         shutil.rmtree(place)
         shutil.copytree(foreign, place)
     elif kind == "no folder":
-        shutil.rmtree(random.choice([place, place / "train", place / "validation" / "part-00000"]))
+        shutil.rmtree(random.choice([place, place / "train"]))
     elif kind in ("folder", "pipe", "link"):
         path.unlink()
         {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(path)}[kind]()

@@ -1,5 +1,6 @@
-"""Data folders of texts."""
+"""Data folders of texts, and tables."""
 
+import csv
 import json
 
 from multidiff.data import DocumentDataModule
@@ -18,3 +19,11 @@ def rows_of(*values, split="train"):
 
 def data_of(folder, **options):
     return DocumentDataModule(str(folder), {"text": {"plugin": "bpe", "preset": "bytes"}}, **options)
+
+
+def write_table(path, rows):
+    """A CSV file of these rows."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

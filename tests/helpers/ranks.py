@@ -52,16 +52,28 @@ def examples_of(folder):
     return documents.__getitems__(keys), data.sequencer
 
 
-def small_training(folder, checkpoint=None, batch_size=2, **trainer):
+def small_training(folder, **trainer):
     """The error that ends a training on data with few documents; None where it ends well."""
-    data = DocumentDataModule(str(folder), TOKENIZERS, batch_size=batch_size)
+    data = DocumentDataModule(str(folder), TOKENIZERS, batch_size=2)
     module = training.MaskedDiffusionModule(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
     fit = Trainer(**{**QUIET, "max_steps": 4, "num_sanity_val_steps": 0, **trainer})
     try:
-        fit.fit(module, datamodule=data, ckpt_path=checkpoint)
+        fit.fit(module, datamodule=data)
     except ValueError as error:
         return str(error)
     return None
+
+
+def continued(folder, checkpoint, batch_size=2, **trainer):
+    """The places in the epoch of the documents that this process trains on when it goes on for a step."""
+    data = DocumentDataModule(str(folder), TOKENIZERS, batch_size=batch_size)
+    module = training.MaskedDiffusionModule(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
+    documents, places = data.documents("train"), []
+    get = documents.__getitems__
+    documents.__getitems__ = lambda keys: places.extend(key.position for key in keys) or get(keys)
+    options = {**QUIET, "max_steps": 4, "num_sanity_val_steps": 0, "limit_val_batches": 0, **trainer}
+    Trainer(**options).fit(module, datamodule=data, ckpt_path=checkpoint)
+    return places
 
 
 def sharded_groups():
@@ -93,7 +105,7 @@ def main(folder, ranks):
     }
     results["one validation document"] = small_training(folder / "one", limit_val_batches=1.0, **ddp)
     results["too few documents"] = small_training(folder / "few", **ddp)
-    results["other ranks"] = small_training(folder / "data", checkpoint=str(folder / "one_rank.ckpt"), **ddp)
+    results["other ranks"] = continued(folder / "data", str(folder / "one_rank.ckpt"), **ddp)
     results["groups"] = sharded_groups()
     (folder / f"{rank}.json").write_text(json.dumps(results))
 

@@ -40,7 +40,7 @@ def config(folder, **trainer):
         "data": {
             "class_path": "multidiff.data.DocumentDataModule",
             "init_args": {
-                "folder": str(folder / "data"),
+                "source": str(folder / "data"),
                 "tokenizers": "${model.init_args.tokenizers}",
                 "batch_size": 4,
                 "max_eos_padding": {"text": 3},

@@ -14,7 +14,7 @@ from multidiff.data import DocumentDataModule
 from multidiff.objectives import Noising, Objective, Task
 from multidiff.training import module as training
 from tests.helpers.paths import ROOT
-from tests.helpers.ranks import QUIET, TOKENIZERS, examples_of, gradient, small_training
+from tests.helpers.ranks import QUIET, TOKENIZERS, continued, examples_of, gradient
 from tests.helpers.runs import write_folder
 
 
@@ -123,12 +123,10 @@ def test_fewer_documents_than_ranks_is_an_error_on_every_rank(of_ranks):
         assert "has fewer items (1) than there are processes that train (2)" in results["too few documents"]
 
 
-def test_continuing_with_another_number_of_ranks_or_another_batch_size_is_refused(folder, of_ranks):
-    for results in of_ranks:
-        assert "training with 1 processes (devices times nodes), but this one has 2" in results["other ranks"]
-    message = small_training(folder / "data", checkpoint=str(folder / "one_rank.ckpt"), batch_size=3)
-    assert "with 2 documents in a batch of each process, but this one has 3" in str(message)
-    assert small_training(folder / "data", checkpoint=str(folder / "one_rank.ckpt"), limit_val_batches=0) is None
+def test_continuing_with_another_number_of_ranks_or_another_batch_size_repeats_and_loses_nothing(folder, of_ranks):
+    """Three steps of two documents are done."""
+    assert [results["other ranks"] for results in of_ranks] == [[6, 7], [8, 9]]
+    assert continued(folder / "data", str(folder / "one_rank.ckpt"), batch_size=3) == [6, 7, 8]
 
 
 def test_groups_of_parameters_are_the_same_when_weights_are_sharded(of_ranks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from multidiff.data.folder import read_metadata
+from multidiff.data.sources.folder import read_metadata
 
 
 def paths_of(folder: Path, name: str, split: str) -> list[Path]:

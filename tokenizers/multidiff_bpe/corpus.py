@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from multidiff.data.folder import read_metadata
+from multidiff.data.sources.folder import read_metadata
 from multidiff_bpe.bpe import valid
 
 

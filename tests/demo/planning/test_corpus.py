@@ -12,7 +12,7 @@ from demo.planning.corpus import prepare, read_family, split_of
 from demo.planning.countdown import Countdown
 from demo.planning.path_star import PathStar
 from demo.planning.sudoku import Sudoku
-from multidiff.data.folder import read_metadata
+from multidiff.data.sources.folder import read_metadata
 from tests.helpers.paths import ROOT
 
 SIZES = {"train": 120, "validation": 10, "test": 10}

@@ -10,36 +10,126 @@ document; one name may stand several times. The file is UTF-8, with or without a
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import mimetypes
 import os
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from multidiff import files
+from multidiff.data.sources.source import SPLITS, Record, Source
+from multidiff.tokenizer import ModalityTokenizer
 
 LABEL = "label"
-SPLITS: tuple[str, ...] = ("train", "validation", "test")
 _EXAMPLE = '{"split": "train", "segments": [{"image": "img/12.png"}, {"text": "a seven"}]}'
 _OTHER_LAYOUTS = ("metadata.csv", "metadata.parquet")
+_LINES_PER_PART = 65_536
+_BYTES_PER_PART = 2**25
 
 
-class Record(NamedTuple):
-    """One line of `metadata.jsonl`.
+class _Part(NamedTuple):
+    """A range of whole lines: where it begins and ends in the file, and the number of its first line."""
 
-    Attributes:
-        line: its number, from 1.
-        split: "train", "validation" or "test".
-        segments: (tokenizer name, value) in the document's order.
-        labels: of the segments; the tokenizer's name where the line gives none.
+    start: int
+    stop: int
+    line: int
+
+
+class Folder(Source):
+    """The documents of a data folder, a part for every 65,536 lines of `metadata.jsonl`.
+
+    Args:
+        folder: holds `metadata.jsonl`; the names of files in it are relative to the folder.
     """
 
-    line: int
-    split: str
-    segments: list[tuple[str, Any]]
-    labels: list[str]
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.path = self.folder / "metadata.jsonl"
+        self._parts: list[_Part] | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / ".tokenized"
+
+    def fingerprint(self) -> str:
+        digest, self._parts = self._index()
+        return digest
+
+    def check(self, tokenizers: Collection[str]) -> None:
+        records = 0
+        for part in range(self.parts()):
+            for record in self.read(part):
+                records += 1
+                for name, _ in record.segments:
+                    if name not in tokenizers:
+                        raise ValueError(
+                            f"{self.where(part, record.line)}: no tokenizer is called {name!r}; the configuration has "
+                            f"{', '.join(tokenizers)}"
+                        )
+        if not records:
+            raise ValueError(f"{self.path} has no documents.")
+
+    def parts(self) -> int:
+        return len(self._ranges())
+
+    def read(self, part: int) -> Iterator[Record]:
+        start, stop, first = self._ranges()[part]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                content = file.read(stop - start)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read ({error.strerror})") from error
+        content = content if start else content.removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(content.splitlines(), start=first):
+            if line.strip():
+                yield _parse(line, number, self.path)
+
+    def where(self, part: int, line: int) -> str:
+        return f"{self.path}, line {line}"
+
+    def item(self, tokenizer: ModalityTokenizer, value: Any) -> Any:
+        return tokenizer.read(value, self.folder)
+
+    def advice(self, split: str) -> str:
+        return f'Set "split": "{split}" on at least one line.'
+
+    def states(self, values: Iterable[Any]) -> dict[str, tuple[int, int]]:
+        return file_states(self.folder, values)
+
+    def _ranges(self) -> list[_Part]:
+        if self._parts is None:
+            self._parts = self._index()[1]
+        return self._parts
+
+    def _index(self) -> tuple[str, list[_Part]]:
+        """SHA-256 of the file, and its parts."""
+        _check_layout(self.path)
+        digest, parts = hashlib.sha256(), []
+        start = offset = lines = 0
+        first = line = 1
+        try:
+            with self.path.open("rb") as file:
+                for raw in file:
+                    if not offset and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise ValueError(f"{self.path}, line 1: the file is UTF-16 text; save it as UTF-8")
+                    digest.update(raw)
+                    offset, line, lines = offset + len(raw), line + len(raw.splitlines()), lines + 1
+                    if lines == _LINES_PER_PART or offset - start >= _BYTES_PER_PART:
+                        parts.append(_Part(start, offset, first))
+                        start, first, lines = offset, line, 0
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read ({error.strerror})") from error
+        if offset > start:
+            parts.append(_Part(start, offset, first))
+        return digest.hexdigest(), parts
 
 
 def read_metadata(folder: Path | str, splits: Collection[str] = SPLITS) -> list[Record]:
@@ -48,41 +138,24 @@ def read_metadata(folder: Path | str, splits: Collection[str] = SPLITS) -> list[
     Raises:
         ValueError: no `metadata.jsonl`, an empty one, or a line that is no document; names file and line.
     """
-    folder = Path(folder)
-    return parse_metadata(metadata_bytes(folder), folder / "metadata.jsonl", splits)
+    source = Folder(folder)
+    records = [record for part in range(source.parts()) for record in source.read(part) if record.split in splits]
+    if not records:
+        raise ValueError(f"{source.path} has no documents in split {' or '.join(splits)}.")
+    return records
 
 
-def metadata_bytes(folder: Path) -> bytes:
-    """The content of a folder's `metadata.jsonl`.
-
-    Raises:
-        ValueError: it is missing or cannot be read; says how to convert another layout.
-    """
-    path = folder / "metadata.jsonl"
+def _check_layout(path: Path) -> None:
+    """Refuse a folder without `metadata.jsonl`; say how to convert another layout."""
     if not path.exists():
         for name in _OTHER_LAYOUTS:
-            if (folder / name).is_file():
+            if (path.parent / name).is_file():
                 raise ValueError(
                     f"{path} does not exist, but {name} does. Write each of its rows as a line of metadata.jsonl, "
                     f"with the names of your tokenizers as keys: {_EXAMPLE}"
                 )
         raise ValueError(f"{path} does not exist: a data folder holds a metadata.jsonl with one document a line")
-    return files.read_bytes(path)
-
-
-def parse_metadata(content: bytes, path: Path, splits: Collection[str] = SPLITS) -> list[Record]:
-    """`read_metadata` of the content of the file `path`."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}, line 1: the file is UTF-16 text; save it as UTF-8")
-    records = []
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-        if line.strip():
-            record = _parse(line, number, path)
-            if record.split in splits:
-                records.append(record)
-    if not records:
-        raise ValueError(f"{path} has no documents in split {' or '.join(splits)}.")
-    return records
+    files.check_file(path)
 
 
 def file_states(folder: Path | str, values: Iterable[Any]) -> dict[str, tuple[int, int]]:
