@@ -1,6 +1,6 @@
 """Measure speed and quality. Every command prints a table and ends with one line of JSON.
 
-Machines are noisy: variants take turns within one run, and what is reported are ratios of their best times.
+Machines are noisy: variants take turns within one run, and what is reported are ratios of their times.
 """
 
 import argparse

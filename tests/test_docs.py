@@ -175,6 +175,8 @@ def test_commands_exist(code):
     for line in code.replace("\\\n", " ").splitlines():
         words = re.sub(r"'[^']*'", "VALUE", line).split(" #")[0].split()
         words = [word.removeprefix(".venv/bin/") for word in words]
+        if words[:1] in (["srun"], ["torchrun"]):  # which start the command that follows
+            words = words[words.index("multidiff") :]
         match words:
             case ["multidiff", "fit" | "validate" | "test" | "tokenize", *rest]:
                 check_training(rest)

@@ -136,8 +136,10 @@ def test_plugins_pass_their_own_tests_where_they_are_installed(environment, tmp_
 
 
 def test_configurations_are_found_by_name_where_the_wheel_is_installed(environment, tmp_path):
-    printed = run(environment / "multidiff", "fit", "--config", "digits", "--print_config", cwd=tmp_path)
+    configs = ("--config", "digits", "--config", "model/small")
+    printed = run(environment / "multidiff", "fit", *configs, "--print_config", cwd=tmp_path)
     assert "folder: runs/digits/data" in printed
+    assert "hidden_size: 768" in printed
 
 
 def test_what_is_installed_beside_the_command_is_named_as_it_is_published():

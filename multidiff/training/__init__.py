@@ -4,6 +4,7 @@ from multidiff.training.callbacks import AveragedWeights, Previews, SaveModel
 from multidiff.training.checkpoints import Checkpoints, WholeFiles
 from multidiff.training.module import MaskedDiffusionModule
 from multidiff.training.optimizer import MuonAdamW
+from multidiff.training.throughput import Throughput
 
 __all__ = [
     "AveragedWeights",
@@ -12,5 +13,6 @@ __all__ = [
     "MuonAdamW",
     "Previews",
     "SaveModel",
+    "Throughput",
     "WholeFiles",
 ]

@@ -27,6 +27,7 @@ from multidiff.processes import to_settings
 from multidiff.seeding import generator_for
 from multidiff.sequence import SeenDocuments, SharedVocabulary
 from multidiff.training.progress import progress
+from multidiff.training.throughput import Throughput
 
 _WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 
@@ -211,6 +212,10 @@ class MaskedDiffusionModule(LightningModule):
             self.print(bounds_table(estimates, self.likelihood_draws, self.transformer.pattern.is_autoregressive))
         for name, value in values.items():
             self.log(name, value, prog_bar=name == f"{stage}/joint", rank_zero_only=True)
+
+    def configure_callbacks(self) -> list[Throughput]:
+        known: list[Any] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        return [] if any(isinstance(callback, Throughput) for callback in known) else [Throughput()]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The layers' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""

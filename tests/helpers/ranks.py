@@ -103,7 +103,10 @@ def main(folder, ranks):
         normalisation: gradient([examples[4 * rank : 4 * rank + 4]], sequencer, normalisation, **ddp).tolist()
         for normalisation in ("targets", "masked")
     }
-    results["one validation document"] = small_training(folder / "one", limit_val_batches=1.0, **ddp)
+    # With throughput, which all ranks sum up, at every step.
+    results["one validation document"] = small_training(
+        folder / "one", limit_val_batches=1.0, log_every_n_steps=1, **ddp
+    )
     results["too few documents"] = small_training(folder / "few", **ddp)
     results["other ranks"] = continued(folder / "data", str(folder / "one_rank.ckpt"), **ddp)
     results["groups"] = sharded_groups()
