@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PARTIAL = ".partial"
+_CHECKED = 2**20  # elements at a time
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -93,7 +94,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise a `ValueError` that names `where` and the first tensor that contains NaN or infinite numbers."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        # In parts, for `isfinite` takes more memory than what it looks at.
+        parts = tensor.flatten().split(_CHECKED) if tensor.is_floating_point() else ()
+        if not all(bool(part.isfinite().all()) for part in parts):
             raise ValueError(f"{where}: tensor {name} contains NaN or infinite numbers. The weights are damaged.")
 
 
@@ -175,8 +178,16 @@ def whole_folder(place: Path, replace: bool = True) -> Iterator[Path]:
                     _exchange(beside, place)
             _sync(place.parent)
     finally:
-        _remove(beside)
+        remove(beside)
         unlock(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_partial(place: Path) -> None:
@@ -191,7 +202,7 @@ def remove_partial(place: Path) -> None:
             continue
         if lock is None:  # without locks, it may still be in use
             continue
-        _remove(left)
+        remove(left)
         unlock(lock)
 
 
@@ -246,14 +257,6 @@ def _locked_beside(place: Path, make: Callable[[Path], None]) -> tuple[Path, int
         if beside.exists():
             return beside, lock
         unlock(lock)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _exchange(new: Path, old: Path) -> None:

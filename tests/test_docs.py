@@ -182,6 +182,8 @@ def test_commands_exist(code):
                 check_training(rest)
             case ["multidiff", "generate", *rest]:
                 check_options(rest, ROOT / "multidiff" / "cli" / "generate.py")
+            case ["multidiff", "consolidate", *rest]:
+                check_options(rest, ROOT / "multidiff" / "cli" / "consolidate.py")
             case ["multidiff", command, *_]:
                 assert command in ("plugins", "new-tokenizer", "--help", "--version"), line
             case ["make", target, *_]:

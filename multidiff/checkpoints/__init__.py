@@ -7,6 +7,7 @@ from multidiff.checkpoints.folder import PATTERNS, load_folder, save
 from multidiff.checkpoints.hub import fetch, is_repository, push
 from multidiff.checkpoints.lightning import KEY, check_checkpoint, load_checkpoint, pack, unpack
 from multidiff.checkpoints.parts import ModelParts, load_sampler, load_samplers, sampler_settings
+from multidiff.checkpoints.sharded import is_sharded
 from multidiff.checkpoints.transformer import FLOATS, build_transformer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "check_checkpoint",
     "fetch",
     "is_repository",
+    "is_sharded",
     "load_checkpoint",
     "load_folder",
     "load_sampler",

@@ -1,7 +1,7 @@
-"""A model from a Lightning checkpoint.
+"""A model from a Lightning checkpoint, a file or the folder of a sharded training.
 
 `multidiff.training.MaskedDiffusionModule` writes the weights, all settings and the files of the tokenizers into it, so
-one file is enough. Reading it needs no Lightning and runs no code from the file.
+nothing else is needed. Reading it needs no Lightning and runs no code from it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from multidiff import files, plugins
 from multidiff.checkpoints.parts import ModelParts, load_processes, load_samplers, load_tokenizer
+from multidiff.checkpoints.sharded import is_sharded, read_meta, read_whole
 from multidiff.checkpoints.transformer import restore_transformer
 from multidiff.sequence.seen import SeenDocuments
 from multidiff.sequence.vocabulary import SharedVocabulary
@@ -29,21 +30,24 @@ KEY = "multidiff"  # the training module's own entry in a checkpoint
 def load_checkpoint(path: Path) -> ModelParts:
     """The model in a Lightning checkpoint, with averaged weights if training averaged them.
 
+    Args:
+        path: a file, or the folder of a sharded training, whose weights are put together.
+
     Raises:
-        ValueError: the file is damaged, or is not a checkpoint of `multidiff.training.MaskedDiffusionModule`.
+        ValueError: a file is damaged, or is not a checkpoint of `multidiff.training.MaskedDiffusionModule`.
     """
-    files.check_file(path)
+    sharded = is_sharded(path)
+    if sharded:
+        checkpoint = {**read_meta(path), "state_dict": read_whole(path, "state_dict")}
+    else:
+        checkpoint = read_file(path, mmap=True)
     try:
-        # Memory mapping leaves the optimizer states on the disk.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = checkpoint[KEY]
         recipe = [dict(saved[part]) for part in ("vocabulary", "tokenizers", "transformer", "samplers")]
         documents, noise = saved["documents"], saved["processes"]
         weights = dict(checkpoint["state_dict"])
     except Exception as error:
-        raise ValueError(
-            f"{path} is damaged, or is not a checkpoint of a multidiff model ({files.first_line(error)})"
-        ) from None
+        raise ValueError(_unlike(path, error)) from None
     layout, packed, config, settings = recipe
     vocabulary = SharedVocabulary.from_dict(layout, str(path))
     tokenizers = unpack(packed, vocabulary, str(path))
@@ -52,14 +56,30 @@ def load_checkpoint(path: Path) -> ModelParts:
     weights = {str(name)[len(prefix) :]: weight for name, weight in weights.items() if str(name).startswith(prefix)}
     transformer = restore_transformer({**config, "vocabulary_rows": vocabulary.rows}, str(path), weights, str(path))
     files.check_finite(transformer.state_dict(), str(path))
-    # The tensors are still views of the mapped file, and would change with it.
-    transformer.load_state_dict(
-        {name: weight.clone() for name, weight in transformer.state_dict().items()}, assign=True
-    )
+    if not sharded:  # the tensors are still views of the mapped file, and would change with it
+        transformer.load_state_dict(
+            {name: weight.clone() for name, weight in transformer.state_dict().items()}, assign=True
+        )
     seen = None if documents is None else SeenDocuments.from_dict(documents, str(path))
     processes = load_processes(noise, vocabulary, str(path))
     samplers = load_samplers(settings, vocabulary, processes, transformer.pattern, str(path))
     return ModelParts(transformer, vocabulary, tokenizers, samplers, processes, seen)
+
+
+def read_file(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU.
+
+    Args:
+        mmap: leave the tensors on the disk until they are used. They change with the file.
+
+    Raises:
+        ValueError: the file is missing or damaged; the message names it.
+    """
+    files.check_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # unpickling damaged files raises errors of a dozen types
+        raise ValueError(_unlike(path, error)) from None
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -73,7 +93,8 @@ def check_checkpoint(path: str | Path) -> None:
     if str(path) in ("last", "best", "hpc") or str(path).startswith("registry") or "://" in str(path):
         return
     path = Path(path)
-    if (path / "meta.pt").is_file():  # Lightning's checkpoint of a sharded model is a folder
+    if is_sharded(path):
+        files.check_file(path / ".metadata")
         return
     if path.is_dir():
         if (path / "model_index.json").exists():
@@ -125,6 +146,10 @@ def unpack(packed: Mapping[str, Any], vocabulary: SharedVocabulary, where: str) 
         except Exception as error:
             raise ValueError(f"{where}: tokenizer {name!r} cannot be read ({files.first_line(error)})") from error
     return tokenizers
+
+
+def _unlike(path: Path, error: BaseException) -> str:
+    return f"{path} is damaged, or is not a checkpoint of a multidiff model ({files.first_line(error)})"
 
 
 def _write(packed: Mapping[str, Tensor], folder: Path) -> None:

@@ -3,6 +3,7 @@
 multidiff fit|validate|test --config digits                          train and evaluate with Lightning
 multidiff tokenize --config digits                                   tokenize the documents of a training before it
 multidiff generate --model FOLDER --given text="seven" --fill image  fill in the blank segments of a document
+multidiff consolidate CHECKPOINT --output FOLDER                     write the model in a checkpoint as a folder
 multidiff plugins                                                    list the installed tokenizer plugins
 multidiff new-tokenizer melody                                       create a package for a new plugin
 """
@@ -25,6 +26,7 @@ Training, with --config FILE or --config NAME for a shipped configuration such a
   validate       Compute the metrics on the validation split.
   test           Compute the metrics on the test split.
   tokenize       Tokenize the documents once, on one or several devices. fit does so too, on one device.
+  consolidate    Write the model in a checkpoint, sharded or not, as a model folder.
 
 Generation:
   generate       Fill in the blank segments of a document.
@@ -59,6 +61,10 @@ def _run(arguments: list[str]) -> None:
         from multidiff.cli.generate import main as generate
 
         generate(arguments[1:])
+    elif command == "consolidate":
+        from multidiff.cli.consolidate import main as consolidate
+
+        consolidate(arguments[1:])
     elif command == "plugins":
         from multidiff.cli.plugins import main as plugins
 
@@ -72,5 +78,5 @@ def _run(arguments: list[str]) -> None:
 
         train(arguments)
     else:
-        known = ", ".join([*_TRAINING, "generate", "plugins", "new-tokenizer"])
+        known = ", ".join([*_TRAINING, "consolidate", "generate", "plugins", "new-tokenizer"])
         raise UserError(f"There is no command {command!r}. The commands are {known}.", status=2)

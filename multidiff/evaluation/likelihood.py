@@ -130,7 +130,7 @@ def likelihood(
     tokens_D = torch.zeros(batch.num_documents, dtype=torch.float64)
     tokens_D.index_add_(0, batch.document_S, batch.divisor_S.where(counted_S, 0).double())
     nats_D = torch.zeros(batch.num_documents, dtype=torch.float64, device=device)
-    if not bool(target_S.any()):
+    if not bool(target_S.any()) and not model.is_sharded:  # every process must run every pass of sharded weights
         return nats_D, tokens_D.to(device)
     target_P, absent_P = batch.spread(target_S, False), batch.spread(absent_S, False) | documents.absent_P
     pattern = model.pattern

@@ -453,14 +453,15 @@ class MultiDiffPipeline(DiffusionPipeline):
                 local_files_only=local_files_only,
                 force_download=force_download,
             )
-        is_file = os.path.exists(path) and not os.path.isdir(path)  # of any kind; unlike pathlib's these never raise
-        parts = checkpoints.load_checkpoint(path) if is_file else checkpoints.load_folder(path)
+        # A file of any kind; unlike pathlib's these never raise.
+        is_checkpoint = checkpoints.is_sharded(path) or (os.path.exists(path) and not os.path.isdir(path))
+        parts = checkpoints.load_checkpoint(path) if is_checkpoint else checkpoints.load_folder(path)
         nn.Module.to(parts.transformer, dtype=dtype)  # diffusers' own `to` warns of modules kept in float32: none
         pipeline = cls(
             parts.transformer, parts.vocabulary, parts.tokenizers, parts.samplers, parts.processes, parts.seen
         )
         pipeline.source = path
-        pipeline._card_folder = None if is_file else path
+        pipeline._card_folder = None if is_checkpoint else path
         try:
             return pipeline.to(device)
         except (RuntimeError, AssertionError) as error:

@@ -29,6 +29,9 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from multidiff.models.attention import AttentionPlan, Sight, attend, plan_attention
@@ -134,20 +137,50 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         self._frequencies_F = rotary_frequencies(self.head_size, rope_theta)
         self._turns_F3 = wave_turns(hidden_size // 2)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the devices share the weights, so that all of them must run each forward pass."""
+        return isinstance(self, FSDPModule)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Share the weights among the devices of a mesh, as FSDP2 does.
+
+        A device gathers the weights of a layer before it computes the layer, and frees them afterwards. The embedding,
+        the final norm and the head are gathered together for the whole pass. Outside of a pass every weight is a
+        `DTensor`, of which each device holds some rows.
+
+        Args:
+            mesh: of one dimension.
+        """
+        for layer in self.layers:
+            fully_shard(layer, mesh=mesh)
+        # Freed after a pass that has no backward as well, so that callbacks and checkpoints never see gathered weights.
+        fully_shard(self, mesh=mesh, reshard_after_forward=True)
+
+    @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Draw all weights: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer writes to the residual stream
-        (Radford et al. 2019, GPT-2, section 2.3). The time's are 0."""
+        (Radford et al. 2019, GPT-2, section 2.3). The time's are 0.
+
+        A sharded transformer gets the same weights. Each device draws one whole matrix at a time and keeps its rows.
+
+        Args:
+            generator: of the CPU.
+        """
         residual = INITIAL_STD / math.sqrt(2 * len(self.layers))
         for name, weight in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or name == "time.weight":
                 nn.init.zeros_(weight)
             elif weight.dim() == 1:
                 nn.init.ones_(weight)
-            elif name == "time.weight":
-                nn.init.zeros_(weight)
             else:
                 writes = name.endswith(("attention.output.weight", "mlp.down.weight"))
-                nn.init.normal_(weight, std=residual if writes else INITIAL_STD, generator=generator)
+                whole = torch.empty(weight.shape, dtype=weight.dtype, device=generator.device)
+                nn.init.normal_(whole, std=residual if writes else INITIAL_STD, generator=generator)
+                if isinstance(weight, DTensor):
+                    mesh, placements = weight.device_mesh, weight.placements
+                    whole = distribute_tensor(whole.to(weight.device), mesh, placements, src_data_rank=None)
+                weight.copy_(whole)
 
     def forward(
         self,

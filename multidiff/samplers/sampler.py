@@ -281,7 +281,7 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
             logits_MV = frames.restrict(logits_MV, content_RN[where], only_eos_RN[where], state.eos_RN[where])
             later_M = (frames.later(where) & ~content_RN & ~only_eos_RN)[where]
         logits_MV, left_M = parts.rules.apply(logits_MV, sample_RN, where, state, state.eos_RN, state.coords_RN3)
-        candidates = parts.token_sampling.sample(logits_MV, draw)
+        candidates = parts.token_sampling.sample(logits_MV, draw, parts.reads)
         if bool(later_M.any()):
             row_U = torch.nonzero(later_M).flatten()
             again = uniform_MX[:, 1:] if per_token else uniform_MX[:, 2]

@@ -5,6 +5,7 @@ Shape suffixes: M positions, U some of them, V local ids.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from multidiff.samplers.checks import LARGEST, check_choice, check_number, check_whole_number, refuse
+
+_TOGETHER = 2**22  # logits that are taken to fp64 together
 
 
 class Candidates:
@@ -45,6 +48,18 @@ class Candidates:
         for name, value_M in zip(names, values, strict=True):
             setattr(moved, name, value_M.to(getattr(self, name).dtype))
         return moved
+
+    @classmethod
+    def joined(cls, parts: Iterable[Candidates], *names: str) -> Candidates:
+        """The candidates of several parts of the positions, of which only token, log-probability and the attributes of
+        these names are left. They need no memory for each token."""
+        names = ("token_M", "log_probs_M", *names)
+        values = zip(*([getattr(part, name) for name in names] for part in parts), strict=True)
+        made = cls.__new__(cls)
+        for name, of_parts in zip(names, values, strict=True):
+            setattr(made, name, torch.cat(of_parts))
+        made.content_M, made.content_log_probs_M = made.token_M, made.log_probs_M
+        return made
 
     @cached_property
     def best_M(self) -> Tensor:
@@ -112,8 +127,18 @@ class TokenSampling:
         """Whether a draw takes a random number for each token, rather than one for the position."""
         return self.draw == "gumbel"
 
-    def sample(self, logits_MV: Tensor, uniform: Tensor) -> Candidates:
-        """Draw a token for each position; see `sample_tokens`."""
+    def sample(self, logits_MV: Tensor, uniform: Tensor, reads: Sequence[str] | None = None) -> Candidates:
+        """Draw a token for each position; see `sample_tokens`.
+
+        Args:
+            logits_MV, uniform: of `sample_tokens`.
+            reads: the attributes of candidates that are needed beside token and log-probability; None is all. Where
+                they are named, many logits are taken a part at a time, which makes a step several times as small.
+        """
+        rows = _rows(logits_MV)
+        if reads is not None and len(logits_MV) > rows:
+            parts = zip(logits_MV.split(rows), uniform.split(rows), strict=True)
+            return Candidates.joined((self.sample(*part) for part in parts), *reads)
         return sample_tokens(logits_MV, uniform, self.temperature, self.top_k, self.top_p, self.typical_p)
 
     def sample_content(
@@ -133,6 +158,11 @@ class TokenSampling:
             uniform_U: independent of the first draw. For Gumbel draws the same [U, V] as there will do: the second
                 largest does not depend on which is the largest.
         """
+        rows = _rows(logits_MV)
+        if len(row_U) > rows:
+            for part in zip(row_U.split(rows), eos_U.split(rows), uniform_U.split(rows), strict=True):
+                self.sample_content(candidates, part[0], part[1], logits_MV, part[2])
+            return
         again = self.sample(logits_MV[row_U].scatter(1, eos_U[:, None], -torch.inf), uniform_U)
         token_U = again.token_M
         if self.top_k is None and self.top_p == self.typical_p == 1:
@@ -195,6 +225,10 @@ def check_finite(value_M: Tensor) -> None:
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel variables -log(-log u), of uniform float64 numbers in [0, 1)."""
     return -(-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()
+
+
+def _rows(logits_MV: Tensor) -> int:
+    return max(1, _TOGETHER // logits_MV.shape[-1])
 
 
 def _smallest_set(p_MV: Tensor, key_MV: Tensor, mass: float) -> Tensor:

@@ -12,9 +12,12 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
 from multidiff import files
+from multidiff.checkpoints.lightning import read_file
+from multidiff.checkpoints.sharded import is_sharded, read_checkpoint
 
 
 class Checkpoints(ModelCheckpoint):
@@ -23,7 +26,7 @@ class Checkpoints(ModelCheckpoint):
     - `last.ckpt` is the state in which the training ended: at one of its limits, by early stopping, or with Ctrl-C,
       which takes effect at the end of a step. Going on from it gives the run that would have been without the stop.
       After an error, a single process saves what it trained until then. Of several processes none does, for the others
-      may wait where they cannot save.
+      may wait where they cannot save; the first one ends those that it has started.
     - A file is whole or absent (`WholeFiles`), also after `kill -9` and on a full disk.
     - The folder holds one run. A new run refuses a folder that holds another one's checkpoints, unless it continues
       one of these or `overwrite` is set; and no run starts while another one is writing there.
@@ -84,7 +87,7 @@ class Checkpoints(ModelCheckpoint):
                     self.claim(continues)
                 if self.overwrite and not continues:
                     for path in Path(str(self.dirpath)).glob("*.ckpt"):
-                        path.unlink()
+                        files.remove(path)
             except (ValueError, OSError) as error:
                 problem = str(error)
         if problem := trainer.strategy.broadcast(problem):  # on every rank, or the others would wait for ever
@@ -147,6 +150,8 @@ class Checkpoints(ModelCheckpoint):
                 rank_zero_info(f"Saved {self.last_model_path} after {type(exception).__name__}.")
         finally:
             self._release()
+            if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+                launcher.kill(signal.SIGKILL)  # Lightning's handler of other signals waits for the end of a step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Correct what Lightning saves in the middle of a step: the loader has handed out a batch that was not trained
@@ -266,11 +271,11 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """The content of a checkpoint; `ValueError` naming the file where it is missing or damaged."""
-        if "://" not in str(path):
-            files.check_file(Path(path))
-        try:
+        """The content of a checkpoint, of a sharded training as well.
+
+        Raises:
+            ValueError: it is missing or damaged; the message names it.
+        """
+        if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except Exception as error:  # unpickling damaged files raises errors of a dozen types
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is damaged or is not a checkpoint of multidiff ({reason})") from None
+        return read_checkpoint(Path(path)) if is_sharded(Path(path)) else read_file(Path(path))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,10 +24,10 @@ from multidiff.objectives.tasks import OTHERS
 from multidiff.processes import to_settings
 from multidiff.seeding import generator_for
 from multidiff.sequence import SeenDocuments, SharedVocabulary
+from multidiff.training.optimizer import local_shard
 from multidiff.training.progress import progress
+from multidiff.training.sharding import FullyShardedStrategy, check_strategy
 from multidiff.training.throughput import Throughput
-
-_WRAPPERS = re.compile(r"_(fsdp_wrapped_module|checkpoint_wrapped_module|orig_mod)\.")
 
 
 class MaskedDiffusionModule(LightningModule):
@@ -48,7 +46,13 @@ class MaskedDiffusionModule(LightningModule):
             (`max_steps`, `max_epochs`, `max_time`) is reached.
         samplers: sampling settings by tokenizer name, used by previews and saved with the model.
         likelihood_draws: masks drawn of each document where the bound is measured; more leave less chance in it.
+        gradient_checkpointing: compute the activations of each layer again in the backward pass instead of keeping
+            them, which takes a fraction of the memory and about a third more computation.
+        compile_layers: compile the layers with `torch.compile`, on a GPU.
         seed: of weights and noise.
+
+    The transformer is built without memory. `configure_model` gives it weights; Lightning calls it in `fit`, `validate`
+    and `test`. Call it yourself to use the transformer without a trainer.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class MaskedDiffusionModule(LightningModule):
         min_lr_ratio: float = 0.05,
         samplers: dict[str, dict[str, Any]] | None = None,
         likelihood_draws: int = 1,
+        gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         seed: int = 0,
     ):
         super().__init__()
@@ -72,8 +78,8 @@ class MaskedDiffusionModule(LightningModule):
         objective.check(self.vocabulary)
         self.processes = objective.processes_of(self.vocabulary)
         config = {**(transformer or {}), "vocabulary_rows": self.vocabulary.rows}
-        self.transformer = build_transformer(config, "model.transformer")
-        self.transformer.initialize(generator_for(seed, "weights"))
+        with torch.device("meta"):
+            self.transformer = build_transformer(config, "model.transformer")
         # Defaults as well: a later version's may differ. Plain values: a checkpoint must load with weights_only=True.
         settings = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         del settings["vocabulary_rows"]
@@ -94,21 +100,36 @@ class MaskedDiffusionModule(LightningModule):
         self.objective, self.optimizer = objective, optimizer
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.likelihood_draws = likelihood_draws
+        self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.seen: SeenDocuments | None = None
         self._divisors: list[Tensor] = []  # what the losses of this optimizer step are divided by, batch by batch
-        self._group_of = {
-            name: 2 if weight.dim() < 2 else int(not name.startswith("transformer.layers."))
-            for name, weight in self.named_parameters()
-        }
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedDiffusionModule:
-        """Weight averaging copies the module. A configured optimizer holds what the command line made, live tokenizers
-        and data among it: copies share it, and the files of the tokenizers."""
-        for shared in (self.optimizer, self.recipe):
-            memo[id(shared)] = shared
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return copied
+    def configure_model(self) -> None:
+        """Give the transformer its initial weights: all of them, or those of this device where the strategy shards."""
+        if not self._is_empty:
+            return
+        device, strategy = torch.device("cpu"), None if self._trainer is None else self.trainer.strategy
+        if self.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if self.compile_layers:
+            if strategy is not None and strategy.root_device.type == "cpu":  # torch 2.11 writes C++ with errors
+                raise ValueError("compile_layers needs a GPU. torch.compile fails in the backward pass on a CPU.")
+            self.transformer.compile()
+        if isinstance(strategy, FullyShardedStrategy):
+            self.transformer.shard(strategy.device_mesh["data_parallel"])
+            device = strategy.root_device
+        self.transformer.to_empty(device=device)
+        self.transformer.initialize(generator_for(self.seed, "weights"))
+        # Only now, or a checkpoint in another precision than fp32 would be read through fp32.
+        self.to(torch.get_default_dtype())
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.transformer.norm.weight.is_meta
+
+    def cpu(self) -> Self:
+        """Lightning moves a module to the CPU when it stops, also after an error before there are weights to move."""
+        return self if self._is_empty else super().cpu()
 
     def forward(self, batch: NoisedBatch) -> tuple[Tensor, Tensor]:
         """Divergence of each position of the loss, nats, [M], and what is trained in its place: the smoothed
@@ -169,7 +190,7 @@ class MaskedDiffusionModule(LightningModule):
         scale = self._divisors[0].clamp_min(1) * self.trainer.accumulate_grad_batches / counted
         for weight in self.parameters():
             if weight.grad is not None:
-                weight.grad.mul_(scale.to(weight.grad.dtype))
+                local_shard(weight.grad).mul_(scale.to(weight.grad.dtype))
         self._divisors.clear()
 
     def on_validation_epoch_start(self) -> None:
@@ -218,18 +239,12 @@ class MaskedDiffusionModule(LightningModule):
         return [] if any(isinstance(callback, Throughput) for callback in known) else [Throughput()]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The layers' matrices, other matrices, and vectors; by name, for a strategy may have sharded the weights."""
+        """The layers' matrices, other matrices, and vectors. A sharded weight keeps its name and its whole shape."""
         weights: list[list[nn.Parameter]] = [[], [], []]
         for name, weight in self.named_parameters():
-            plain = _WRAPPERS.sub("", name)
             if not weight.requires_grad:
                 continue
-            if plain not in self._group_of:
-                raise ValueError(
-                    f"{type(self.trainer.strategy).__name__} merges weights into {name}, so that matrices and vectors "
-                    "cannot be told apart. Set use_orig_params: true on the strategy."
-                )
-            weights[self._group_of[plain]].append(weight)
+            weights[2 if weight.dim() < 2 else int(not name.startswith("transformer.layers."))].append(weight)
         hidden, others, vectors = weights
         return [
             {"params": hidden, "hidden": True},
@@ -274,6 +289,7 @@ class MaskedDiffusionModule(LightningModule):
                 )
 
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer)
         if any(isinstance(callback, EMAWeightAveraging) for callback in self.trainer.callbacks):  # pyright: ignore
             raise ValueError(
                 "Lightning's EMAWeightAveraging saves initial weights when a run ends before averaging starts. "

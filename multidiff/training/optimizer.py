@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.optim import AdamW, Optimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: steepest at 0 (Jordan et al. 2024)
@@ -20,10 +20,12 @@ class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024) where a group says `hidden: True`, AdamW (Loshchilov & Hutter 2019) in other groups.
 
     Muon steps along the momentum with its singular values set to about 1, which wants whole matrices that map hidden
-    features to hidden features: not embeddings, the head, norms or biases, and no weights sharded over devices. A
-    convolution's weight counts as the matrix [first axis, all others]. Muon's step is scaled by
-    0.2 √max(rows, columns), the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that
-    one learning rate and one weight decay serve both.
+    features to hidden features: not embeddings, the head, norms or biases. A convolution's weight counts as the matrix
+    [first axis, all others]. Muon's step is scaled by 0.2 √max(rows, columns), the root mean square of AdamW's (Liu et
+    al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate and one weight decay serve both.
+
+    Where devices share the rows of each weight (FSDP2), a device takes whole matrices for the step, a few at a time:
+    it gathers its part of the matrices of a shape, orthogonalises them, and hands back the rows of the others.
 
     Args:
         params: parameter groups; a group may set its own `lr` and `weight_decay`.
@@ -52,10 +54,10 @@ class MuonAdamW(Optimizer):
         if not hidden or not others:
             raise ValueError("MuonAdamW needs parameter groups with hidden: True and groups without")
         for weight in (weight for group in hidden for weight in group["params"]):
-            if weight.ndim < 2 or isinstance(weight, DTensor):
+            if weight.ndim < 2:
                 raise ValueError(
-                    f"Muon steps whole matrices, but a hidden weight has shape {list(weight.shape)} here. Strategies "
-                    "that shard weights leave no whole ones: use torch.optim.AdamW with them, or strategy ddp."
+                    f"Muon steps matrices, but a hidden weight has shape {list(weight.shape)} here. Strategies that "
+                    "flatten weights leave no matrices: use torch.optim.AdamW with them, or strategy ddp or fsdp2."
                 )
         self._hidden = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps}
         self._adamw = AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas)
@@ -100,27 +102,33 @@ class MuonAdamW(Optimizer):
         weights = [weight for weight in group["params"] if weight.grad is not None]
         if not weights:
             return
-        gradients = [weight.grad for weight in weights]
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        gradients = [local_shard(weight.grad) for weight in weights]
+        averages = [local_shard(self.state[weight]["momentum_buffer"]) for weight in weights]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, averages, group["momentum"])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        torch._foreach_mul_([local_shard(weight) for weight in weights], 1 - group["lr"] * group["weight_decay"])
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for weight, update in zip(weights, updates, strict=True):
-            matrix = update.flatten(1)
-            wide = matrix if len(matrix) <= len(matrix.T) else matrix.T
-            alike[tuple(wide.shape)].append((weight, wide))  # pyright: ignore[reportArgumentType]
+            rows, columns = weight.shape[0], weight.shape[1:].numel()
+            shape = (rows, columns) if isinstance(weight, DTensor) else (min(rows, columns), max(rows, columns))
+            alike[shape].append((weight, update.flatten(1)))
         for (rows, columns), pairs in alike.items():
-            together = max(1, _STACKED // (rows * columns))
+            devices = pairs[0][0].device_mesh.size() if isinstance(pairs[0][0], DTensor) else 1
+            together = devices * max(1, _STACKED // (rows * columns))
             for first in range(0, len(pairs), together):
                 part = pairs[first : first + together]
-                stepped = orthogonalized(torch.stack([wide for _, wide in part]), group["ns_steps"])
-                for (weight, _), wide in zip(part, stepped, strict=True):
-                    matrix = wide if len(weight) == rows else wide.T
-                    weight.sub_(matrix.reshape(weight.shape), alpha=group["lr"] * 0.2 * math.sqrt(columns))
+                steps = _directions([weight for weight, _ in part], [update for _, update in part], group["ns_steps"])
+                for (weight, _), step in zip(part, steps, strict=True):
+                    scale = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                    local_shard(weight).sub_(step.reshape(local_shard(weight).shape), alpha=scale)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this device holds: all of it unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonalized(matrices_NRC: Tensor, steps: int) -> Tensor:
@@ -136,3 +144,26 @@ def orthogonalized(matrices_NRC: Tensor, steps: int) -> Tensor:
         gram_NRR = x_NRC @ x_NRC.mT
         x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a)
     return x_NRC
+
+
+def _directions(weights: list[Tensor], updates: list[Tensor], ns_steps: int) -> list[Tensor]:
+    """The orthogonalised updates of weights of one shape, or of it and its transpose where they are whole.
+
+    Sharded matrices are stacked and change from each device having some rows of all of them to each having all
+    rows of some of them, and back.
+    """
+    if not isinstance(sharded := weights[0], DTensor):
+        wide = [update if len(update) <= len(update.T) else update.T for update in updates]
+        stepped = orthogonalized(torch.stack(wide), ns_steps)
+        return [step if len(update) <= len(update.T) else step.T for step, update in zip(stepped, updates, strict=True)]
+    mesh, rows, columns = sharded.device_mesh, sharded.shape[0], sharded.shape[1:].numel()
+    of_rows = [Shard(1) if placement.is_shard() else placement for placement in sharded.placements]
+    of_matrices: list[Placement] = [Shard(0)] * mesh.ndim
+    layout = {"shape": torch.Size((len(updates), rows, columns)), "stride": (rows * columns, columns, 1)}
+    stacked_NRC = DTensor.from_local(torch.stack(updates), mesh, of_rows, run_check=False, **layout)
+    own_NRC = stacked_NRC.redistribute(mesh, of_matrices).to_local()
+    turned = rows > columns
+    stepped_NRC = orthogonalized(own_NRC.mT if turned else own_NRC, ns_steps)
+    stepped_NRC = stepped_NRC.mT.contiguous() if turned else stepped_NRC
+    back = DTensor.from_local(stepped_NRC, mesh, of_matrices, run_check=False, **layout)
+    return list(back.redistribute(mesh, of_rows).to_local())

@@ -362,6 +362,7 @@ def test_a_module_becomes_a_pipeline(tmp_path):
         tasks=[{"roles": {"text": "target", "others": "given"}, "condition_dropout": 0.1}],
         samplers={"text": {"canvas": {"tokens": 3}}},
     )
+    module.configure_model()
     module.train()
     pipe = MultiDiffPipeline.from_module(module)
     pipe.set_progress_bar_config(disable=True)
@@ -381,7 +382,8 @@ def test_what_cannot_resume_a_training_is_said(folder, tmp_path):
     torch.save({}, tmp_path / "a.ckpt")
     check_checkpoint(tmp_path / "a.ckpt")
     (tmp_path / "sharded").mkdir()
-    (tmp_path / "sharded" / "meta.pt").touch()
+    for name in ("meta.pt", ".metadata"):
+        (tmp_path / "sharded" / name).touch()
     check_checkpoint(tmp_path / "sharded")
     (tmp_path / "dangling.ckpt").symlink_to("nowhere")
     (tmp_path / "empty").mkdir()

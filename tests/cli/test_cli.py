@@ -284,7 +284,7 @@ def test_generating_nothing_is_a_wrong_command_line(capsys):
     assert capsys.readouterr().err.startswith("multidiff: There is nothing to fill in. Name segments to fill in with")
 
 
-@pytest.mark.parametrize("command", ["generate", "generate image", "plugins", "new-tokenizer", "test"])
+@pytest.mark.parametrize("command", ["generate", "generate image", "consolidate", "plugins", "new-tokenizer", "test"])
 def test_every_command_has_help(command, capsys):
     main(["--help"])
     assert f"\n  {command.split()[0]}  " in capsys.readouterr().out

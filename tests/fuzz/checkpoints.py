@@ -27,6 +27,7 @@ def prepare(folder: Path, random: Random) -> State:
     samplers = {"text": {"canvas": {"tokens": 4}, "forced_tokens": {0: 7}}, "note": {"canvas": {"tokens": 3}}}
     transformer = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
     module = MaskedDiffusionModule(tokenizers, transformer, samplers=samplers, seed=random.randrange(2**31))
+    module.configure_model()
     content = {"epoch": 1, "global_step": 7, "state_dict": module.state_dict(), "optimizer_states": [{"a": [1]}]}
     module.on_save_checkpoint(content)
     return State(folder, content)

@@ -1,4 +1,4 @@
-"""What `test_ranks.py` runs in several processes; one of them runs it in its own as well.
+"""What `test_ranks.py` and `test_sharded.py` run in several processes; one of them runs it in its own as well.
 
 Each check prints nothing and returns plain values; `main` writes those of this rank as JSON.
 """
@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from multidiff.data import DocumentDataModule
 from multidiff.data.batches import DocumentKey
 from multidiff.objectives import Noising, Objective, Task
 from multidiff.training import module as training
-from multidiff.training.optimizer import MuonAdamW
+from tests.helpers.sharded import sharded_trainings
 
 TOKENIZERS = {"text": {"plugin": "bpe"}, "shout": {"plugin": "bpe"}}
 QUIET = {
@@ -76,25 +75,6 @@ def continued(folder, checkpoint, batch_size=2, **trainer):
     return places
 
 
-def sharded_groups():
-    """Sizes of the parameter groups under FSDP, which leaves pieces of flattened weights, and Muon's refusal."""
-    module = training.MaskedDiffusionModule(TOKENIZERS, {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
-    names = {id(weight): name for name, weight in module.named_parameters()}
-    whole = [[names[id(weight)] for weight in group["params"]] for group in module._parameter_groups()]
-    module.transformer = FullyShardedDataParallel(
-        module.transformer, use_orig_params=True, device_id=torch.device("cpu")
-    )
-    names = {id(weight): name.replace("_fsdp_wrapped_module.", "") for name, weight in module.named_parameters()}
-    groups = module._parameter_groups()
-    sharded = [[names[id(weight)] for weight in group["params"]] for group in groups]
-    try:
-        MuonAdamW(groups)
-        refused = None
-    except ValueError as error:
-        refused = str(error)
-    return [whole == sharded, [group.get("weight_decay") for group in groups], refused]
-
-
 def main(folder, ranks):
     rank = int(os.environ["LOCAL_RANK"])
     ddp = {"devices": ranks, "strategy": "ddp", "use_distributed_sampler": False}
@@ -109,7 +89,7 @@ def main(folder, ranks):
     )
     results["too few documents"] = small_training(folder / "few", **ddp)
     results["other ranks"] = continued(folder / "data", str(folder / "one_rank.ckpt"), **ddp)
-    results["groups"] = sharded_groups()
+    results |= sharded_trainings(folder)
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 

@@ -8,7 +8,7 @@ from diffusers import AmusedScheduler, BlockRefinementScheduler
 from scipy.stats import chisquare
 
 from multidiff import Blank, Given, Masked, MaskSampler
-from multidiff.samplers import as_sampler
+from multidiff.samplers import as_sampler, token_sampling
 from tests.helpers import sampling
 from tests.helpers.pipelines import make
 from tests.helpers.toys import Frames, Grid, generator
@@ -271,3 +271,13 @@ def test_part_of_a_frame_is_asked_for(order):
     if order == "left_to_right":
         drawn_RN, _ = drive(MaskSampler(order=order, unmasking="linear"), TORN, 2, number)
         assert same(drawn_RN, restricted((0, 1, 2))) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"draw": "gumbel"}])
+def test_frames_are_the_same_where_logits_are_sampled_in_parts(options, monkeypatch):
+    expected = drive(MaskSampler(**options), CONSISTENT, 3, 50)
+    monkeypatch.setattr(token_sampling, "_TOGETHER", 3 * CONSISTENT.shape[1])
+    assert all(
+        torch.equal(made, wanted)
+        for made, wanted in zip(drive(MaskSampler(**options), CONSISTENT, 3, 50), expected, strict=True)
+    )

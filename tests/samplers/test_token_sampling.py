@@ -7,7 +7,7 @@ import torch
 from diffusers import AmusedScheduler, BlockRefinementScheduler
 from scipy.stats import chisquare
 
-from multidiff.samplers import MaskSampler, as_sampler
+from multidiff.samplers import MaskSampler, as_sampler, token_sampling
 from multidiff.samplers.token_sampling import sample_tokens
 from tests.helpers.sampling import run
 from tests.helpers.toys import generator
@@ -73,3 +73,35 @@ def test_schedulers_get_no_such_logits(scheduler):
     logits_NV = torch.full((3, 4), math.nan)
     with pytest.raises(ValueError, match="logits hold NaN or Inf"):
         run(as_sampler(scheduler), torch.full((1, 3), 4), 1, lambda row_N: logits_NV, [generator()])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"order": "margin", "top_k": 3},
+        {"order": "entropy"},
+        {"draw": "gumbel"},
+        {"temperature": 0.0, "remask": "edit", "editing_threshold": 0.3},
+    ],
+)
+def test_many_logits_are_sampled_in_parts(settings, monkeypatch):
+    logits_NV = torch.randn(12, 5, generator=generator(1), dtype=torch.float64)
+    sizes, whole = [], token_sampling.sample_tokens
+
+    def sized(logits_MV, *arguments):
+        sizes.append(len(logits_MV))
+        return whole(logits_MV, *arguments)
+
+    def sample():
+        return run(
+            MaskSampler(**settings), torch.full((2, 12), 5), 4, lambda row_N: logits_NV, [generator(2), generator(3)]
+        )
+
+    monkeypatch.setattr(token_sampling, "sample_tokens", sized)
+    expected = sample()
+    assert max(sizes) > 4
+    sizes.clear()
+    monkeypatch.setattr(token_sampling, "_TOGETHER", 20)
+    assert torch.equal(sample(), expected)
+    assert max(sizes) == 4

@@ -4,14 +4,19 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from multidiff import MultiDiffPipeline
 from multidiff.cli import main
@@ -28,7 +33,7 @@ def data(tmp_path_factory):
 
 def settings(folder, data, start_step=0, every=100, extra=(), **trainer):
     made = config(folder, **trainer)
-    made["data"]["init_args"]["folder"] = str(data)
+    made["data"]["init_args"]["source"] = str(data)
     _, save, average, checkpoints = made["trainer"]["callbacks"]
     average["init_args"] = {"decay": 0.9, "start_step": start_step}
     checkpoints["init_args"] = {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": every, "save_top_k": 0}
@@ -91,6 +96,7 @@ def test_a_run_shorter_than_the_averaging_saves_what_it_trained(data, tmp_path):
     live = {name: value for name, value in last["current_model_state"].items() if name.startswith("transformer.")}
     arguments = config(tmp_path)["model"]["init_args"]
     initial = MaskedDiffusionModule(arguments["tokenizers"], arguments["transformer"])
+    initial.configure_model()
     name = "transformer.layers.0.mlp.down.weight"
     assert not torch.equal(live[name], initial.state_dict()[name])
     assert same(live, last["state_dict"])
@@ -246,6 +252,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
     second._release()
 
 
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model:UserWarning")
 def test_lightnings_own_average_is_refused(data, tmp_path):
     made = settings(tmp_path, data)
     made["trainer"]["callbacks"][0]["class_path"] = "lightning.pytorch.callbacks.EMAWeightAveraging"
@@ -333,3 +340,13 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"a\.ckpt cannot be written"):
         WholeFiles().save_checkpoint({}, tmp_path / "file" / "a.ckpt")
+
+
+def test_a_process_that_fails_ends_those_that_it_started(tmp_path):
+    """They may wait for it in a collective operation, for as long as its time limit."""
+    waiting = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    launcher.procs = [waiting]
+    trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
+    Checkpoints(str(tmp_path)).on_exception(trainer, None, RuntimeError("an error"))
+    assert waiting.wait(timeout=20) == -signal.SIGKILL

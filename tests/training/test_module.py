@@ -87,7 +87,7 @@ def test_saved_model_and_checkpoint_are_the_averaged_weights(trained):
 def test_a_resumed_run_is_the_same_run(trained, tmp_path, workers, interrupted_at):
     folder, _ = trained
     settings = config(tmp_path)
-    settings["data"]["init_args"]["folder"] = str(folder / "data")
+    settings["data"]["init_args"]["source"] = str(folder / "data")
     settings["data"]["init_args"]["num_workers"] = workers
     path = write_config(tmp_path, settings)
     checkpoint = folder / "checkpoints" / f"{interrupted_at}.ckpt"
@@ -256,7 +256,7 @@ def test_every_precision_trains_and_measures_by_label(tmp_path, precision):
 def noised_batch(module, data):
     documents = data.documents("train")
     noising = Noising(data.sequencer, module.tasks, module.objective, seed=0)
-    keys = [data.train_dataloader().batch_sampler.key(0, place, place) for place in range(4)]
+    keys = next(iter(data.train_dataloader().batch_sampler))[:4]
     return noising(documents.__getitems__(keys))
 
 
@@ -275,6 +275,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, accumulate):
     """Neither when the batch is sent, nor in the step, nor where the gradient is scaled."""
     data = labelled(tmp_path)
     module = MaskedDiffusionModule(TOKENIZERS, SMALL, objective=Objective(loss_weights={"text": 2.0}))
+    module.configure_model()
     batch = noised_batch(module, data)
     logged = {}
     module.log = lambda name, value, **_: logged.update({name: value})
@@ -303,6 +304,7 @@ def test_label_smoothing_trains_and_is_not_logged(tmp_path):
     data, logged, smoothing = labelled(tmp_path), [], 0.2
     for objective in (Objective(), Objective(label_smoothing=smoothing)):
         module = MaskedDiffusionModule(TOKENIZERS, SMALL, objective=objective)
+        module.configure_model()
         batch = noised_batch(module, data)
         logged.append({})
         module.log = lambda name, value, **_: logged[-1].update({name: float(value)})
@@ -324,6 +326,7 @@ def test_label_smoothing_trains_and_is_not_logged(tmp_path):
 def test_the_bounds_are_logged_as_often_as_the_trainer_logs(tmp_path):
     data = labelled(tmp_path)
     module = MaskedDiffusionModule(TOKENIZERS, SMALL)
+    module.configure_model()
     batch = noised_batch(module, data)
     for step, names in ((0, {"loss"}), (1, {"loss", "train/text", "train/shout"})):
         logged = {}
@@ -331,3 +334,19 @@ def test_the_bounds_are_logged_as_often_as_the_trainer_logs(tmp_path):
         module.trainer = stub_trainer(step=step)
         module.training_step(batch, 0)
         assert logged.keys() == names
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_settings_of_the_layers(tmp_path):
+    module = MaskedDiffusionModule(TOKENIZERS, SMALL, gradient_checkpointing=True, compile_layers=True)
+    with pytest.raises(ValueError, match="compile_layers needs a GPU"):
+        Trainer(**QUIET, max_steps=1).fit(module, datamodule=labelled(tmp_path))
+    other = MaskedDiffusionModule(TOKENIZERS, SMALL, gradient_checkpointing=True, compile_layers=True)
+    assert other.transformer.embed.weight.is_meta
+    other.configure_model()  # without a trainer
+    assert other.transformer.gradient_checkpointing
+    assert all(layer._compiled_call_impl is not None for layer in other.transformer.layers)
+    weight = other.transformer.embed.weight
+    other.configure_model()  # Lightning calls it in each of fit, validate and test
+    assert other.transformer.embed.weight is weight
+    assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.1)

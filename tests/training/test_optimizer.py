@@ -158,3 +158,9 @@ def test_groups_must_be_told_apart(hidden):
     net = network()
     with pytest.raises(ValueError, match="hidden: True"):
         MuonAdamW([{"params": [net[0].weight, net[1].weight], "hidden": hidden}])
+
+
+def test_flattened_weights_are_refused():
+    net = network()
+    with pytest.raises(ValueError, match=r"Muon steps matrices, but a hidden weight has shape \[8\]"):
+        MuonAdamW([{"params": [net[0].bias], "hidden": True}, {"params": [net[1].weight]}])
