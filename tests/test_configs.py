@@ -111,6 +111,18 @@ def test_parses(path, capsys):
     assert "class_path" in capsys.readouterr().out
 
 
+def test_an_optimizer_has_its_own_defaults(capsys):
+    """And not those of the module's default optimizer, which jsonargparse would carry over."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "digits", "--model.init_args.optimizer", "torch.optim.SGD", "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (settings["lr"], settings["weight_decay"], settings["momentum"]) == (0.003, 0.05, 0)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(TEMPLATE), "--model.init_args.optimizer", "torch.optim.Adagrad", "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (settings["lr"], settings["weight_decay"]) == (0.01, 0)
+
+
 @pytest.mark.filterwarnings("ignore:The tokenizer in .* has an untrained codebook")  # after a step or two
 @pytest.mark.parametrize("path", [*DIFFERENT, TEMPLATE], ids=lambda path: path.stem)
 def test_is_interrupted_and_goes_on(path, data, series, written, tmp_path, monkeypatch, capsys):

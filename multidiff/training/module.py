@@ -40,7 +40,7 @@ class MaskedDiffusionModule(LightningModule):
         tasks: the task mixture; null trains every segment of every document with a time each.
         objective: schedule, forward process, weighting, normalisation and loss weights of the training loss.
         optimizer: called with three parameter groups: the layers' matrices (marked `hidden: True`), the embedding and
-            the head, and vectors, which get no weight decay.
+            the head, and vectors, which get no weight decay. None is `torch.optim.AdamW`.
         warmup_steps: steps of linear warm-up.
         min_lr_ratio: fraction of the learning rate that the cosine ends at, when the first of the trainer's limits
             (`max_steps`, `max_epochs`, `max_time`) is reached.
@@ -61,7 +61,7 @@ class MaskedDiffusionModule(LightningModule):
         transformer: dict[str, Any] | None = None,
         tasks: list[Task] | None = None,
         objective: Objective = Objective(),  # noqa: B008 (frozen)
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         warmup_steps: int = 100,
         min_lr_ratio: float = 0.05,
         samplers: dict[str, dict[str, Any]] | None = None,
@@ -97,7 +97,7 @@ class MaskedDiffusionModule(LightningModule):
         self._labels += dict.fromkeys(
             label for task in self.tasks for label in task.roles if label not in (OTHERS, *self._labels)
         )
-        self.objective, self.optimizer = objective, optimizer
+        self.objective, self.optimizer = objective, optimizer or torch.optim.AdamW
         self.warmup_steps, self.min_lr_ratio, self.seed = warmup_steps, min_lr_ratio, seed
         self.likelihood_draws = likelihood_draws
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers

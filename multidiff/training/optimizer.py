@@ -44,7 +44,7 @@ class MuonAdamW(Optimizer):
         params: Iterable[dict[str, Any]],
         lr: float = 1e-3,
         weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.999),
         momentum: float = 0.95,
         ns_steps: int = 5,
     ):
