@@ -138,7 +138,7 @@ def test_plugins_pass_their_own_tests_where_they_are_installed(environment, tmp_
 def test_configurations_are_found_by_name_where_the_wheel_is_installed(environment, tmp_path):
     configs = ("--config", "digits", "--config", "model/small")
     printed = run(environment / "multidiff", "fit", *configs, "--print_config", cwd=tmp_path)
-    assert "folder: runs/digits/data" in printed
+    assert "source: runs/digits/data" in printed
     assert "hidden_size: 768" in printed
 
 
@@ -252,7 +252,7 @@ model:
     transformer: {hidden_size: 16, num_layers: 1, num_heads: 2}
 data:
   class_path: multidiff.data.module.DocumentDataModule
-  init_args: {folder: data, tokenizers: "${model.init_args.tokenizers}", batch_size: 2}
+  init_args: {source: data, tokenizers: "${model.init_args.tokenizers}", batch_size: 2}
 trainer:
   max_steps: 2
   accelerator: cpu

@@ -16,6 +16,7 @@ _TOKENIZING = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "max_time": None,
+    "fast_dev_run": False,
 }
 
 
@@ -75,6 +76,8 @@ def main(arguments: list[str]) -> None:
                 # A model is required, but this one need not be built.
                 self.config[command].model = Namespace(class_path="lightning.pytorch.LightningModule")
                 self.config[command].trainer.update(Namespace(**_TOKENIZING))
+                if self.config[command].trainer.strategy == "fsdp2":  # tokenizers have no weights to share
+                    self.config[command].trainer.strategy = "ddp"
             if command == "fit":  # not saved with the configuration, so that a later run of it removes nothing
                 self._overwrite = self.config[command].pop("overwrite")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -158,6 +159,9 @@ class DocumentBatches:
     goes on at the same document with another number of processes or other limits, and shows none twice. What does not
     fill the last step of an epoch on every process is left to other epochs.
 
+    Attributes:
+        reached: the states behind the batches that were yielded, for a loader to take.
+
     Args:
         order: of the documents.
         offsets: what is added to the index of a document of each source.
@@ -175,7 +179,8 @@ class DocumentBatches:
             size = limits.batch_size or len(order)
             self.limits = replace(limits, batch_size=min(size, len(order) // ranks))
         self.epoch, self.seen, self.taken = -1, 0, order.start()
-        self._resumed = False
+        self._ended = True
+        self.reached: deque[dict[str, Any]] = deque()
 
     def __len__(self) -> int:
         """Batches of an epoch.
@@ -188,13 +193,14 @@ class DocumentBatches:
         return len(self.order) // (self.limits.batch_size * self.ranks)
 
     def __iter__(self) -> Iterator[list[DocumentKey]]:
+        self.reached.clear()
         ahead, reach = [], list(self.taken)
-        if not self._resumed or not self._step(ahead, reach):
-            if len(self.order.orders) == 1 and self.epoch >= 0:
+        if self._ended or not self._step(ahead, reach):
+            if len(self.order.orders) == 1:
                 self.taken = [(self.epoch + 1) * len(self.order)]
             self.epoch, self.seen = self.epoch + 1, 0
             ahead, reach = [], list(self.taken)
-        self._resumed = False
+        self._ended = False
         while step := self._step(ahead, reach):
             for key, _ in ahead[: step[-1][1]]:
                 self.taken[self._source(key)] += 1
@@ -202,7 +208,9 @@ class DocumentBatches:
             start, stop = step[self.rank]
             mine = [key for key, _ in ahead[start:stop]]
             del ahead[: step[-1][1]]
+            self.reached.append(self.state_dict())
             yield mine
+        self._ended = True
 
     def _step(self, ahead: list[tuple[DocumentKey, int]], reach: list[int]) -> list[tuple[int, int]] | None:
         """Where in `ahead` the batches of the processes lie; None if the epoch has no more steps."""
@@ -243,16 +251,37 @@ class DocumentBatches:
         return bisect_right(self.offsets, key.index) - 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "seen": self.seen, "taken": list(self.taken)}
+        """Where the batches are: behind the last one that was yielded."""
+        sizes = [len(order) for order in self.order.orders]
+        return {
+            "epoch": self.epoch,
+            "seen": self.seen,
+            "taken": list(self.taken),
+            "ended": self._ended,
+            "sizes": sizes,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["taken"]) != len(self.taken):
-            raise ValueError(
-                f"The checkpoint was trained on {len(state['taken'])} sources, but the configuration has "
-                f"{len(self.taken)}. Continue it as it was."
-            )
+        self.check(state)
         self.epoch, self.seen, self.taken = state["epoch"], state["seen"], list(state["taken"])
-        self._resumed = True
+        self._ended = state["ended"]
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse the state of a training on other documents.
+
+        Raises:
+            ValueError: another number of sources, or of documents in them.
+        """
+        sizes = [len(order) for order in self.order.orders]
+        if state["sizes"] != sizes:
+            raise ValueError(
+                f"The checkpoint (--ckpt_path) was trained on {_said(state['sizes'])}, but the data now have "
+                f"{_said(sizes)}, so that it is not known which are done. Continue with the data as they were."
+            )
+
+
+def _said(sizes: Sequence[int]) -> str:
+    return f"{' + '.join(f'{size:,}' for size in sizes)} documents"
 
 
 def evaluation_batches(documents: int, limits: Limits, rank: int, ranks: int) -> list[list[DocumentKey]]:

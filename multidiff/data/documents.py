@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -78,11 +77,7 @@ class Documents(torch.utils.data.Dataset):
     @property
     def longest(self) -> int:
         """Tokens of the longest document, without EOS padding."""
-        found = [
-            min(max(info.longest for info in split.infos), selection.most or sys.maxsize)
-            for split, selection in self.parts
-        ]
-        return max(found)
+        return max(selection.longest for _, selection in self.parts)
 
     def __getitem__(self, key: DocumentKey) -> Example:
         return self.__getitems__([key])[0]

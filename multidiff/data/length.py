@@ -59,6 +59,7 @@ class Selection:
         most: tokens that no document exceeds; None where there is no limit.
         long_documents: what longer ones do.
         tokenizers: they say which segments vary in length.
+        longest: tokens of the longest one that is left.
     """
 
     starts: np.ndarray
@@ -66,6 +67,7 @@ class Selection:
     most: int | None
     long_documents: LongDocuments
     tokenizers: Mapping[str, ModalityTokenizer]
+    longest: int
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -106,10 +108,11 @@ def select(
     """
     counts, documents_D, rows = Counts(), [], {}
     counts.merge(split.counts)
-    long, places = 0, []
+    long, places, longest = 0, [], 0
     for number, info in enumerate(split.infos):
         documents_D.append(info.documents)
         if most is None or info.longest <= most:
+            longest = max(longest, info.longest)
             continue
         shard = split.shard(number)
         found = np.flatnonzero(shard.length_D > most)
@@ -118,6 +121,8 @@ def select(
         pieces_D = np.ones(info.documents, np.int64)
         for row in found.tolist():
             pieces_D[row] = _count(counts, shard, row, tokenizers, most, long_documents, split.where(number, row))
+        kept_D = shard.length_D[shard.length_D <= most]
+        longest = max(longest, int(kept_D.max(initial=0)), 0 if long_documents == "skip" else most)
         documents_D[-1] = int(pieces_D.sum())
         rows[number] = np.repeat(np.arange(info.documents), pieces_D)
     total = sum(info.documents for info in split.infos)
@@ -138,7 +143,7 @@ def select(
     starts = np.concatenate([[0], np.cumsum(documents_D, dtype=np.int64)])
     sizes = {name: +of_name for name, of_name in counts.sizes.items()}  # without those of which nothing is left
     counts = Counts(+counts.orders, sizes, +counts.labels, counts.left_out)
-    return Selection(starts, rows, most, long_documents, tokenizers), counts
+    return Selection(starts, rows, most, long_documents, tokenizers, longest), counts
 
 
 def _count(

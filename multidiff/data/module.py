@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from multidiff import plugins
-from multidiff.data.batches import DocumentBatches, DocumentKey, Limits, evaluation_batches
+from multidiff.data.batches import DocumentBatches, Limits, evaluation_batches
 from multidiff.data.documents import Documents, check_eos_padding
 from multidiff.data.length import LongDocuments, Selection, select
+from multidiff.data.loader import DocumentLoader
 from multidiff.data.order import WINDOW, MixedOrder, ShuffledOrder, Weight
 from multidiff.data.shards import Counts, ShardFolder
 from multidiff.data.sources.mixture import Mixture, as_source
@@ -98,6 +99,7 @@ class DocumentDataModule(RankedData):
             cropped or split raises.
         num_workers: processes that read files and build batches.
         timeout: seconds that one of these processes may take for a batch before it counts as hanging; 0 waits for ever.
+            Without such processes nothing can be timed.
         check_files: look at size and time of every file of the source at each start, and tokenize again what has
             changed. A million files take some seconds; set it to false where files never change.
         seed: of the order and of EOS padding.
@@ -190,7 +192,7 @@ class DocumentDataModule(RankedData):
             for source in self.sources
         ]
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> DocumentLoader:
         documents = self.documents("train")
         orders = [
             ShuffledOrder(selection.starts, self.seed, number, window=self.shuffle_window)
@@ -198,18 +200,25 @@ class DocumentDataModule(RankedData):
         ]
         order = MixedOrder(orders, self.weights, self.seed)
         batches = DocumentBatches(order, documents.offsets[:-1], self._limits(documents), *self.rank())
-        return self._loader(documents, batches, self.collate)
+        return DocumentLoader(documents, batches, self._trained, collate_fn=self.collate, **self._options())
 
-    def val_dataloader(self) -> StatefulDataLoader:
+    def val_dataloader(self) -> DataLoader:
         return self._evaluation("validation")
 
-    def test_dataloader(self) -> StatefulDataLoader:
+    def test_dataloader(self) -> DataLoader:
         return self._evaluation("test")
 
-    def _evaluation(self, split: str) -> StatefulDataLoader:
+    def _evaluation(self, split: str) -> DataLoader:
         documents = self.documents(split)
         batches = evaluation_batches(len(documents), self._limits(documents), *self.rank())
-        return self._loader(documents, batches, self.collate_evaluation)
+        return DataLoader(documents, batch_sampler=batches, collate_fn=self.collate_evaluation, **self._options())  # pyright: ignore[reportArgumentType]
+
+    def _trained(self) -> tuple[int, bool]:
+        """How many batches Lightning holds ready for later steps, and whether the epoch has ended."""
+        if self.trainer is None:
+            return 0, False
+        loop = self.trainer.fit_loop
+        return len(getattr(loop._data_fetcher, "batches", ())), loop.epoch_loop.batch_progress.is_last_batch
 
     def _limits(self, documents: Documents) -> Limits:
         if self.max_tokens is not None:
@@ -227,18 +236,14 @@ class DocumentDataModule(RankedData):
         """Move what can be moved. Documents whose likelihood is measured stay where their masks are drawn."""
         return batch.to(device) if hasattr(batch, "to") else batch
 
-    def _loader(
-        self, documents: Documents, batches: Iterable[list[DocumentKey]], collate: Collate
-    ) -> StatefulDataLoader:
-        return StatefulDataLoader(
-            documents,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            timeout=self.timeout if self.num_workers else 0.0,
-            pin_memory=torch.cuda.is_available(),
-            generator=generator_for(self.seed),  # or it would draw from torch's global one
-        )
+    def _options(self) -> dict[str, Any]:
+        """Of any loader."""
+        return {
+            "num_workers": self.num_workers,
+            "timeout": self.timeout if self.num_workers else 0.0,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": generator_for(self.seed),  # or it would draw from torch's global one
+        }
 
     def documents(self, split: str) -> Documents:
         """The documents of a split.

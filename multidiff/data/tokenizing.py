@@ -71,16 +71,24 @@ def tokenize(
         ValueError: a source that cannot be read, an unknown tokenizer name, a bad item under "raise", a folder that
             cannot be written, a worker that dies or takes too long.
     """
-    address = hashlib.sha256(f"{_FORMAT} {on_error} {vocabulary.fingerprint} {source.fingerprint()}".encode())
-    place = (cache or source.cache) / address.hexdigest()[:24]
+    facts = [_FORMAT, on_error, vocabulary.fingerprint, source.fingerprint()]
+    if cache is not None:  # it may hold the shards of others, whose files have the same names
+        facts.append(str(source.home))
+    place = (cache or source.cache) / hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
     if (place / "shards.json").exists():
         try:
             found = ShardFolder.load(place)
-            if not (check_files and _out_of_date(place, source)):
-                _report(found)
-                return found
+            changed = _changed(place, source) if check_files else []
         except ValueError as error:
             _warn(f"{error}. What is damaged in {place} is made again.")
+            changed = []
+        else:
+            if not changed:
+                _report(found)
+                return found
+        # First what says that all is whole, so that an interruption leaves nothing that passes for it.
+        for path in (place / "shards.json", *changed):
+            path.unlink(missing_ok=True)
     if trainer is None:
         trainer = Trainer(
             accelerator="auto", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
@@ -91,14 +99,13 @@ def tokenize(
         source.check(tokenizers)
     rank_zero_info(f"Tokenizing {source.name}, once, into {place}.")
     with files.naming(place):
-        (place / "shards.json").unlink(missing_ok=True)
         for folder in (place, *(place / split for split in SPLITS)):
             folder.mkdir(parents=True, exist_ok=True)
             files.remove_partial(folder / "*")
     try:
         trainer.predict(encoder, return_predictions=False)
     except RuntimeError as error:
-        if num_workers and ("worker" in str(error) or "timed out" in str(error)):
+        if str(error).startswith(("DataLoader worker", "DataLoader timed out")):
             raise ValueError(f"{source.name}: {reading.complaint()} ({files.first_line(error)}).") from error
         raise
     trainer.strategy.barrier()
@@ -197,8 +204,8 @@ class _Reading:
 
     def announce(self, text: str) -> None:
         worker = get_worker_info()
-        if worker is not None:
-            self._texts[worker.id].value = text.encode(errors="replace")[:500]
+        assert worker is not None
+        self._texts[worker.id].value = text.encode(errors="replace")[:500]
 
     def complaint(self) -> str:
         texts = [text.value.decode(errors="replace") for text in self._texts]
@@ -259,7 +266,8 @@ class _Windows(torch.utils.data.IterableDataset):
         yield _Batch(window.part, window=window)
 
     def _read(self, part: int, one: _Value) -> Any:
-        self.reading.announce(f"{self.source.where(part, one.line)}: {_shown(one.value)}")
+        if get_worker_info() is not None:
+            self.reading.announce(f"{self.source.where(part, one.line)}: {_shown(one.value)}")
         try:
             return self.source.item(self.tokenizers[one.name], one.value)
         except ItemError as error:
@@ -405,7 +413,10 @@ def _grouped(states: Mapping[str, tuple[int, int]], values: Sequence[_Value]) ->
     """
     by_name: dict[str, list[tuple[int, _Value]]] = {}
     for one in values:
-        size = states.get(one.value, (0, 0))[0] if isinstance(one.value, str) else 0
+        size = _weight(one.value)
+        path = one.value.get("path") if isinstance(one.value, Mapping) else one.value
+        if isinstance(path, str) and path in states:
+            size, _ = states[path]
         by_name.setdefault(one.name, []).append((size, one))
     for of_name in by_name.values():
         batch, room = [], _BYTES_PER_BATCH
@@ -433,14 +444,13 @@ def _is_whole(place: Path, file: str) -> bool:
         return False
 
 
-def _out_of_date(place: Path, source: Source) -> bool:
-    """Whether files that the source names have changed since; the windows that name them are then made again."""
-    changed = False
+def _changed(place: Path, source: Source) -> list[Path]:
+    """The windows that name files which have changed since."""
+    changed = []
     for path in sorted(place.glob("[0-9]*-[0-9]*.json")):
         known = {value: tuple(state) for value, state in files.read_json(path)["files"].items()}
         if known and source.states(known) != known:
-            path.unlink()
-            changed = True
+            changed.append(path)
     return changed
 
 
@@ -497,5 +507,9 @@ def _digest(content: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=lambda content: f"{len(content)} bytes")
+    text = json.dumps(
+        value,
+        sort_keys=True,
+        default=lambda content: f"{len(content)} bytes" if isinstance(content, bytes) else str(content),
+    )
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -78,9 +78,10 @@ def measure_correction(
 ) -> Correction:
     """Plant wrong codes in documents, let the sampler of `name` go on from there, and count what it mends.
 
-    In each segment of `name`, a share `decided` of the codes stands as decided, and of these a share `wrong`, at least
-    one, is replaced by another code of the same level, all equally probable. The other segments are given. Which codes
-    these are depends on the seed and on the document alone, so that samplers and models meet the same drafts.
+    In the first segment of `name` of each document, a share `decided` of the codes stands as decided, and of these a
+    share `wrong`, at least one, is replaced by another code of the same level, all equally probable. The other segments
+    are given. Which codes these are depends on the seed and on the document alone, so that samplers and models meet the
+    same drafts.
 
     A wrong code is "repaired" only if the original one comes back. Where other codes say the same, as neighbours in a
     codebook of pictures do, that counts too little.

@@ -19,7 +19,7 @@ from multidiff.samplers.checks import check_known, check_table
 from multidiff.samplers.frames import Frames, draw_frames
 from multidiff.samplers.guidance import Guidance
 from multidiff.samplers.protocol import SamplerOutput
-from multidiff.samplers.state import State, draw_uniform, noise_at_start
+from multidiff.samplers.state import State, check_noise, draw_uniform, noise_at_start
 from multidiff.samplers.token_sampling import TokenSampling, check_finite
 from multidiff.samplers.unmasking import check_steps
 
@@ -156,7 +156,9 @@ class AncestralSampler:
         start_RN[there_RN] = torch.where(ids_M == sizes_RN[there_RN], size, ids_M)
         if draft_RN is not None:
             start_RN = start_RN.where(draft_RN < 0, draft_RN)
-        time_R = self.process.time(noise_at_start(sample_RN, draft_RN, noise_R)).clamp(0, 1)
+        noise_R = noise_at_start(sample_RN, draft_RN, noise_R)
+        check_noise(noise_R)
+        time_R = self.process.time(noise_R).clamp(0, 1)
         steps_R = torch.full((len(sample_RN),), num_inference_steps or self.num_inference_steps or _STEPS)
         eos_RN = torch.full_like(sample_RN, -1) if eos_RN is None else eos_RN
         nothing_RN = torch.zeros_like(there_RN)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multidiff.samplers.frames import Frames
 from multidiff.samplers.parts import Parts
-from multidiff.samplers.state import State, draw_uniform, noise_at_start
+from multidiff.samplers.state import State, check_noise, draw_uniform, noise_at_start
 from multidiff.samplers.unmasking import STEPS
 
 
@@ -74,6 +74,8 @@ class MaskState(State):
             undecided_RN = there_RN & (draft_RN < 0)
             parts.check_draft(complete=not bool(undecided_RN.any(1).all()))
         noise_R = noise_at_start(sample_RN, draft_RN, noise_R)
+        if parts.remasking.masks_again:
+            check_noise(noise_R)
         numbers = undecided_RN.sum(1).tolist()
         if extent_RN3 is None:
             extent_RN3 = (coords_RN3.amax(1, keepdim=True) + 1).expand_as(coords_RN3)

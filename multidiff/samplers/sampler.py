@@ -222,7 +222,10 @@ class MaskSampler(SchedulerMixin, ConfigMixin):
         positions of the current block. Editing also reads the decided ones."""
         where_RN = state.candidates_RN if state.next_RN is None else state.next_RN
         if self.parts.remasking.edits:
-            where_RN = where_RN | (state.decided_RN & (where_RN.any(1) | state.draft_R)[:, None])
+            asking_R = where_RN.any(1)
+            if not self.is_adaptive:  # for an adaptive rule the run ends when all is decided
+                asking_R = asking_R | state.draft_R
+            where_RN = where_RN | (state.decided_RN & asking_R[:, None])
         return where_RN
 
     def step(

@@ -110,6 +110,21 @@ def noise_at_start(sample_RN: Tensor, draft_RN: Tensor | None, noise_R: Tensor |
     return share_R if noise_R is None else torch.maximum(share_R, noise_R)
 
 
+def check_noise(noise_R: Tensor) -> None:
+    """Refuse a draft in which a sampler that follows a process would change nothing.
+
+    Args:
+        noise_R: of `noise_at_start`.
+
+    Raises:
+        ValueError: a draft without undecided codes and without noise.
+    """
+    if not bool((noise_R > 0).all()):
+        raise ValueError(
+            "This sampler changes nothing of a complete draft without noise. Give the draft a noise above 0."
+        )
+
+
 def draw_uniform(counts_R: Sequence[int], numbers: int, generator: Sequence[torch.Generator]) -> Tensor:
     """float64 [M, numbers] in [0, 1), on the device of the first generator.
 

@@ -134,9 +134,10 @@ def test_fewer_documents_than_ranks_are_refused():
         batches_of(order_of([1]), 3, rank=0, ranks=2)
 
 
-def test_another_number_of_sources_is_refused():
-    with pytest.raises(ValueError, match="was trained on 2 sources, but the configuration has 1"):
-        batches_of(order_of([5]), 1).load_state_dict({"epoch": 0, "seen": 1, "taken": [1, 0]})
+def test_other_data_are_refused():
+    state = batches_of(order_of([5], [7]), 1).state_dict()
+    with pytest.raises(ValueError, match=r"was trained on 5 \+ 7 documents, but the data now have 5 documents"):
+        batches_of(order_of([5]), 1).load_state_dict(state)
 
 
 @pytest.mark.parametrize("limits", [{"batch_size": 3}, {"max_tokens": 12}])

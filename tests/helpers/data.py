@@ -3,7 +3,7 @@
 import csv
 import json
 
-from multidiff.data import DocumentDataModule
+from multidiff.data import DocumentDataModule, Mixture, Source
 
 
 def write(folder, *lines):
@@ -18,7 +18,8 @@ def rows_of(*values, split="train"):
 
 
 def data_of(folder, **options):
-    return DocumentDataModule(str(folder), {"text": {"plugin": "bpe", "preset": "bytes"}}, **options)
+    source = folder if isinstance(folder, Source | Mixture) else str(folder)
+    return DocumentDataModule(source, {"text": {"plugin": "bpe", "preset": "bytes"}}, **options)
 
 
 def write_table(path, rows):

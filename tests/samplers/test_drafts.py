@@ -65,10 +65,26 @@ def test_the_reverse_process_undoes_the_noise_of_a_draft(process):
     assert (state.noise_R < 1e-12).all()
 
 
-def test_without_noise_the_reverse_process_changes_nothing():
+@pytest.mark.parametrize(
+    "sampler",
+    [AncestralSampler(Uniform()), MaskSampler(order="random", unmasking="ancestral", remask="cap", eta=0.3)],
+    ids=["ancestral", "cap"],
+)
+def test_a_complete_draft_without_noise_is_refused_where_it_would_stay(sampler):
     draft_RN = torch.tensor([[0, 1, 0, 0]])
-    sample_RN, _ = drive(AncestralSampler(Uniform()), torch.full((1, 4), 2), 5, sure, [generator()], draft_RN=draft_RN)
-    assert torch.equal(sample_RN, draft_RN)
+    with pytest.raises(ValueError, match="changes nothing of a complete draft without noise"):
+        drive(sampler, torch.full((1, 4), 2), 5, sure, [generator()], draft_RN=draft_RN)
+
+
+def test_an_adaptive_run_of_a_draft_ends_as_if_alone():
+    """A row whose codes are all decided is done, even while another one is not."""
+    sampler = MaskSampler(unmasking="threshold", threshold=0.99, remask="edit", editing_threshold=0.9)
+    blank_RN, draft_RN = torch.full((2, 4), 2), torch.tensor([[0, -1, 0, 0], [-1, -1, -1, -1]])
+    seen = []
+    together_RN, _ = drive(sampler, blank_RN, None, sure, [generator(), generator(1)], seen=seen, draft_RN=draft_RN)
+    alone_RN, _ = drive(sampler, blank_RN[:1], None, sure, [generator()], draft_RN=draft_RN[:1])
+    assert torch.equal(together_RN[0], alone_RN[0])
+    assert [bool(where_RN[0].any()) for where_RN, *_ in seen] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("sampler", [MaskSampler(**EDIT), AncestralSampler(Hybrid())], ids=["edit", "ancestral"])

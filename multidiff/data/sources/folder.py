@@ -58,6 +58,10 @@ class Folder(Source):
     def cache(self) -> Path:
         return self.folder / ".tokenized"
 
+    @property
+    def home(self) -> Path:
+        return self.folder.resolve()
+
     def fingerprint(self) -> str:
         digest, self._parts = self._index()
         return digest

@@ -44,6 +44,11 @@ class Source(ABC):
     def cache(self) -> Path:
         """Where its shards of codes are kept if nobody says."""
 
+    @property
+    @abstractmethod
+    def home(self) -> Path | None:
+        """What names of files in it are relative to; None where there are none."""
+
     @abstractmethod
     def fingerprint(self) -> str:
         """All that decides the records, except the content of files that they name.

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from multidiff import files
 from multidiff.data.sources.folder import file_states
@@ -18,6 +18,14 @@ from multidiff.data.sources.template import Template
 from multidiff.tokenizer import ItemError, ModalityTokenizer
 
 _MOST_CHECKED = 32  # parts whose columns are looked at before anything is tokenized
+
+
+class _Part(NamedTuple):
+    """A piece of a table: our split, its number in it, and the piece."""
+
+    split: str
+    number: int
+    table: Any
 
 
 class Table(Source):
@@ -59,10 +67,16 @@ class Table(Source):
         for split in self.splits:
             if split not in SPLITS:
                 raise ValueError(f"splits: {split!r} is none of {', '.join(SPLITS)}")
+        for split in data_files if isinstance(data_files, dict) else ():
+            if split not in {*SPLITS, *self.splits.values()}:
+                raise ValueError(
+                    f"data_files: {split!r} is none of {', '.join(SPLITS)}. Say what it is for, as in "
+                    f"splits: {{validation: {split}}}."
+                )
         self.options = options or {}
         self.folder = Path(folder) if folder else self._home()
         self._cache = cache
-        self._tables: dict[str, Any] | None = None
+        self._made: list[_Part] | None = None
 
     @property
     def name(self) -> str:
@@ -76,10 +90,20 @@ class Table(Source):
             raise ValueError(f"{self.name}: say where codes are kept. Set cache of the source to a folder.")
         return self.folder / ".tokenized"
 
+    @property
+    def home(self) -> Path | None:
+        return self.folder.resolve() if self.folder else None
+
     def fingerprint(self) -> str:
-        self._tables = None
+        self._made = None
         tables, builder = self._open()
-        facts = {"table": builder, "template": self._rows, "splits": self.splits, "config": self.config}
+        facts = {
+            "table": builder,
+            "template": self._rows,
+            "splits": self.splits,
+            "config": self.config,
+            "home": str(self.home) if self._cache else None,
+        }
         return hashlib.sha256(json.dumps([facts, sorted(tables)], sort_keys=True, default=str).encode()).hexdigest()
 
     def check(self, tokenizers: Collection[str]) -> None:
@@ -98,7 +122,7 @@ class Table(Source):
         return len(self._parts())
 
     def read(self, part: int) -> Iterator[Record]:
-        split, _ = self._parts()[part]
+        split = self._parts()[part].split
         for number, row in enumerate(self._iterate(part), start=1):
             try:
                 documents = self.template.documents(row)
@@ -146,7 +170,7 @@ class Table(Source):
 
     def __getstate__(self) -> dict[str, Any]:
         """For loader workers: each opens the table for itself."""
-        return {**self.__dict__, "_tables": None}
+        return {**self.__dict__, "_made": None}
 
     def _home(self) -> Path | None:
         """The folder of the table, if it is on this machine."""
@@ -184,23 +208,23 @@ class Table(Source):
             in_folder = isinstance(builder, FolderBasedBuilder)
             tables = {str(split): _undecoded(table, in_folder) for split, table in found.items()}
             return tables, f"{builder.config_id} {builder.hash}"
-        except (OSError, ValueError, DatasetsError) as error:
+        except (OSError, ValueError, TypeError, DatasetsError) as error:  # an unknown option is a TypeError
             raise ValueError(f"{self.name} cannot be read: {files.first_line(error)}") from error
 
-    def _parts(self) -> list[tuple[str, Any]]:
-        """(our split, its piece of the table) for each part."""
-        if self._tables is None:
+    def _parts(self) -> list[_Part]:
+        if self._made is None:
             tables, _ = self._open()
             for theirs in self.splits.values():
                 if theirs not in tables:
                     raise ValueError(f"{self.name} has no split {theirs!r}. Its splits are {', '.join(tables)}.")
             ours = {split: tables.get(self.splits.get(split, split)) for split in SPLITS}
-            self._tables = {split: table for split, table in ours.items() if table is not None}
-        return [
-            (split, table.shard(table.num_shards, index))
-            for split, table in self._tables.items()
-            for index in range(table.num_shards)
-        ]
+            self._made = [
+                _Part(split, number, table.shard(table.num_shards, number))
+                for split, table in ours.items()
+                if table is not None
+                for number in range(table.num_shards)
+            ]
+        return self._made
 
     def _iterate(self, part: int) -> Generator[dict[str, Any]]:
         """The rows of a part, with names in place of the numbers of classes."""
@@ -208,19 +232,20 @@ class Table(Source):
         import pyarrow as pa
         from datasets.exceptions import DatasetsError
 
-        _, table = self._parts()[part]
+        table = self._parts()[part].table
         classes = {key: one for key, one in (table.features or {}).items() if isinstance(one, datasets.ClassLabel)}
         try:
-            for row in table:
+            # Unlike its `__iter__`, `iter` does not divide the part among the workers of a loader once more.
+            for columns in table.iter(1):
+                row = {key: column[0] for key, column in columns.items()}
                 named = {key: classes[key].int2str(row[key]) for key in classes if row[key] is not None}
                 yield {**row, **named}
         except (OSError, ValueError, TypeError, pa.ArrowException, DatasetsError) as error:
             raise ValueError(f"{self._part_name(part)} cannot be read: {files.first_line(error)}") from error
 
     def _part_name(self, part: int) -> str:
-        split, _ = self._parts()[part]
-        first = next(number for number, (of, _) in enumerate(self._parts()) if of == split)
-        return f"{self.name}, split {split!r}, part {part - first}"
+        one = self._parts()[part]
+        return f"{self.name}, split {one.split!r}, part {one.number}"
 
 
 def _undecoded(table: Any, in_folder: bool) -> Any:

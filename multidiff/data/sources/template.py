@@ -76,9 +76,17 @@ class Slot:
         if not isinstance(label, str) or not label or label == "others":
             raise ValueError(f"{where}: a label must be a word other than 'others', got {label!r}")
         text = None
-        if len(columns) == 1 and "{" in columns[0]:
+        if any("{" in column for column in columns):
             text = columns[0]
-            columns = [key for _, key, _, _ in string.Formatter().parse(text) if key is not None]
+            if len(columns) > 1 or wordings or chat:
+                raise ValueError(f"{where}: a text with columns in it stands alone, without wordings or chat.")
+            try:
+                fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+            except ValueError as error:
+                raise ValueError(f"{where}: {text!r} is no text with columns in braces ({error}).") from None
+            if any(spec or conversion for _, _, spec, conversion in fields):
+                raise ValueError(f"{where}: {text!r} formats a column. Only names of columns may stand in braces.")
+            columns = [str(key) for _, key, _, _ in fields]
             if not columns or not all(columns):
                 raise ValueError(
                     f"{where}: {text!r} names no column. Write columns in braces, as in 'a photo of a {{label}}'."
@@ -141,11 +149,6 @@ class Template:
                 f"A template is a list of rows such as [{{text: caption}}, {{image: image}}], not {rows!r}."
             )
         return cls(tuple(Slot.of(row, number) for number, row in enumerate(rows)))
-
-    @property
-    def columns(self) -> list[str]:
-        """All columns that it reads."""
-        return list(dict.fromkeys(column for slot in self.slots for column in slot.columns))
 
     def check(self, columns: Collection[str], tokenizers: Collection[str], where: str) -> None:
         """Refuse a template that names a column or a tokenizer that does not exist.
