@@ -155,8 +155,8 @@ def _check_layout(path: Path) -> None:
         for name in _OTHER_LAYOUTS:
             if (path.parent / name).is_file():
                 raise ValueError(
-                    f"{path} does not exist, but {name} does. Write each of its rows as a line of metadata.jsonl, "
-                    f"with the names of your tokenizers as keys: {_EXAMPLE}"
+                    f"{path} does not exist, but {name} does. Use multidiff.data.Table as the source, or write each of "
+                    f"its rows as a line of metadata.jsonl, with the names of your tokenizers as keys: {_EXAMPLE}"
                 )
         raise ValueError(f"{path} does not exist: a data folder holds a metadata.jsonl with one document a line")
     files.check_file(path)
@@ -207,7 +207,10 @@ def _parse(line: bytes, number: int, path: Path) -> Record:
         raise ValueError(f"{path}, line {number}: {_fault(line, error)}") from None
     where = f"{path}, line {number}"
     if isinstance(row, dict) and "segments" not in row and any(key.endswith("file_name") for key in row):
-        raise ValueError(f"{where}: the layout with file_name is not read. Write the line as {_as_document(row)}")
+        raise ValueError(
+            f"{where}: the layout with file_name is read by multidiff.data.Table (path imagefolder or audiofolder). "
+            f"Use it as the source, or write the line as {_as_document(row)}"
+        )
     if not isinstance(row, dict) or not isinstance(row.get("segments"), list) or not row["segments"]:
         raise ValueError(f'{where}: expected {{"split": …, "segments": [{{"text": …}}, …]}}')
     if unknown := set(row) - {"split", "segments"}:
