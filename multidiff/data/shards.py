@@ -7,7 +7,7 @@
 Arrow trusts what it maps: a flipped bit changes codes without a word, or ends Python. So a shard is verified when a
 process opens it: 1.8 GB a second on one core of an AMD EPYC, whose instructions know SHA-256.
 
-Shape suffixes: D documents of a shard, S their segments, C their codes, K kinds of segments.
+Shape suffixes: D documents of a shard, S their segments, C their codes.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Shard:
         info: what is known of it.
 
     Attributes:
-        kinds: K kinds.
+        kinds: of its segments, each once.
         line_D: int64, where each document stands in its part of the source.
         length_D: int64, tokens of each document: `<bos>`, two structure tokens a segment, and its codes.
 
@@ -187,11 +187,6 @@ class Shard:
         self.line_D = line.to_numpy()
         self._segment_D, self._kind_S = kinds.offsets.to_numpy(), kinds.values.to_numpy()
         self._code_D, self._ids_C = ids.offsets.to_numpy(), ids.values.to_numpy()
-
-    @cached_property
-    def codes_K(self) -> np.ndarray:
-        """int64, codes of each kind."""
-        return np.array([kind.codes for kind in self.kinds], np.int64)
 
     @cached_property
     def length_D(self) -> np.ndarray:

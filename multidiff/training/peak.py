@@ -104,7 +104,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.
         device, dtype: of the factors.
         seconds: what the measurement takes, about.
     """
-    size, best = 256, float("inf")
+    size = 256
     end = time.perf_counter() + seconds
     while True:
         factor = torch.ones(size, size, device=device, dtype=dtype)

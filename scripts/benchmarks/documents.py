@@ -10,12 +10,12 @@ from multidiff.sequence.vocabulary import TokenizerLayout
 
 
 def vocabulary_of(*names: str, size: int) -> SharedVocabulary:
-    """Tokenizers of so many codes each."""
+    """The vocabulary of tokenizers with one codebook of `size` codes each."""
     return SharedVocabulary({name: TokenizerLayout(None, "line", (size,), False, name) for name in names})
 
 
 def segment_of(name: str, length: int, vocabulary: SharedVocabulary) -> Segment:
-    """A segment of so many codes in a line."""
+    """A known segment of `length` codes in a line."""
     place_N = torch.arange(length)
     zero_N, known_N = torch.zeros_like(place_N), torch.ones(length, dtype=torch.bool)
     ids_N = place_N % vocabulary.tokenizers[name].codebook_sizes[0]

@@ -64,7 +64,7 @@ def mixed_and_sorted(
 
 
 def draw_lengths(tokens: int, longest: int) -> list[int]:
-    """Lengths from 64 to the longest, as likely in every octave, until there are so many tokens."""
+    """Lengths from 64 to the longest, equally likely in every octave, which together have at least this many tokens."""
     generator, lengths = generator_for(0, "lengths"), []
     low, high = math.log(_SHORTEST), math.log(longest)
     while sum(lengths) < tokens:
